@@ -1,0 +1,17 @@
+"""What every command is given besides its own arguments."""
+
+from dataclasses import dataclass
+
+from fcvm.config import Config
+from fcvm.storage.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The settings in force and the data directory that they name."""
+
+    config: Config
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.config.base_dir)

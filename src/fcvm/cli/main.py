@@ -1,0 +1,142 @@
+"""The ``fcvm`` command: finds the command's module, parses, prepares, and runs it here or in the machine.
+
+A command module is imported only when it is the one asked for, so ``fcvm --help`` costs argparse and this file.
+Every module has ``configure(parser)``, ``run(args, context)``, ``WHERE`` and perhaps ``prepare(args, context)``;
+docs/architecture.md, "Commands: prepare, then run", says what each does.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import Any, NoReturn
+
+from fcvm import __version__
+from fcvm.errors import FcvmError, UsageError
+
+# name -> (module under fcvm.cli, what it does, in one line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "podman": ("podman", "run a container in a microVM (podman run)"),
+    "exec": ("exec", "run a command in a VM's container, or in its guest OS"),
+    "ls": ("ls", "list VMs"),
+    "logs": ("logs", "print what a VM's container has written"),
+    "stop": ("stop", "stop VMs"),
+    "rm": ("rm", "remove stopped VMs that were kept by --no-rm"),
+    "images": ("images", "list, load, pull and remove images"),
+    "setup": ("setup", "install kernel, guest image, initrd, Firecracker and storage"),
+    "doctor": ("doctor", "tell what this host can do and what is missing"),
+    "machine": ("machine", "manage the emulated host that is used where there is no KVM"),
+    "completions": ("completions", "print shell completions"),
+}
+
+# These may stand anywhere before the command's own words; they override settings of the same name.
+GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ours: one sentence, a hint, exit code 125 as Podman's."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message[:1].upper() + message[1:] + ".", hint=f"{self.prog} --help")
+
+
+def build(command: str | None = None) -> Parser:
+    """The parser; only ``command``'s own arguments are filled in (all commands' for None are left out)."""
+    parser = Parser(prog="fcvm", description="Run OCI containers in Firecracker microVMs, and clone running VMs.")
+    parser.add_argument("--version", action="version", version=f"fcvm {__version__}")
+    for option, text in GLOBAL_OPTIONS.items():
+        parser.add_argument(option, help=text)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, title="commands")
+    for name, (module, summary) in COMMANDS.items():
+        child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+        if name == command:
+            load(module).configure(child)
+    return parser
+
+
+def load(module: str) -> ModuleType:
+    """The command module ``fcvm.cli.<module>``."""
+    return importlib.import_module(f"fcvm.cli.{module}")
+
+
+def requested(argv: list[str]) -> str | None:
+    """The command's name in ``argv``: the first word that is not a global option or its value."""
+    words = iter(argv)
+    for word in words:
+        if word in GLOBAL_OPTIONS:
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``fcvm ARGV``; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return dispatch(argv)
+    except FcvmError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away, as in `fcvm ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    finally:
+        flush()
+
+
+def dispatch(argv: list[str]) -> int:
+    """Parse ``argv`` and carry it out, here or in the machine."""
+    name = requested(argv)
+    parser = build(name)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+
+    from fcvm import config as settings
+    from fcvm import log
+    from fcvm.cli.context import Context
+
+    overrides = {"base_dir": args.base_dir, "log": args.log}
+    context = Context(settings.load(overrides))
+    log.configure(context.config.log)
+    module = load(COMMANDS[args.command][0])
+    if hasattr(module, "prepare"):
+        module.prepare(args, context)
+    if module.WHERE == "vms":
+        from fcvm import host
+
+        if host.uses_machine(context.config):
+            from fcvm.cli.remote import forward
+
+            return forward(args, context)
+    return int(module.run(args, context))
+
+
+def report(error: FcvmError) -> None:
+    """Print an error for a person: what happened, then the next step; colour only on a terminal."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    red, bold, plain = ("\033[31m", "\033[1m", "\033[0m") if colour else ("", "", "")
+    print(f"{red}error:{plain} {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"{bold}hint:{plain} {error.hint}", file=sys.stderr)
+
+
+def flush() -> None:
+    """Flush our output now, while a reader that has gone can still be ignored quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Both ends of a command that runs in the machine.
+
+``forward`` (on the user's host) sends the parsed, prepared arguments as one JSON envelope; ``main`` (in the machine,
+as ``python -m fcvm.cli.remote ENVELOPE``) runs the command with them. Standard streams, terminal, signals and exit
+code travel by the session protocol; see fcvm/machine/forward.py.
+"""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from fcvm.cli.context import Context
+from fcvm.errors import FcvmError
+
+# Of the user's settings, those that shape a VM go along; those about places (base_dir, firecracker) are the machine's own.
+FORWARDED_SETTINGS = ("log", "cpu", "mem", "scratch_size", "stop_timeout", "log_size", "kernel_profile")
+
+
+def forward(args: argparse.Namespace, context: Context) -> int:
+    """Run the command in the machine, started first if it is not running; returns the command's exit code."""
+    from fcvm.machine.forward import forward as send
+
+    settings = {name: str(getattr(context.config, name)) for name in FORWARDED_SETTINGS}
+    return send({"args": vars(args), "settings": settings}, context.config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one forwarded command; ``argv`` holds the envelope."""
+    from fcvm import config as settings
+    from fcvm import log
+    from fcvm.cli.main import COMMANDS, flush, load, report
+
+    envelope: dict[str, Any] = json.loads((sys.argv[1:] if argv is None else argv)[0])
+    try:
+        os.environ.setdefault("FCVM_HOST_ROOT", "/host")
+        context = Context(settings.load(envelope["settings"]))
+        log.configure(context.config.log)
+        args = argparse.Namespace(**envelope["args"])
+        return int(load(COMMANDS[args.command][0]).run(args, context))
+    except FcvmError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

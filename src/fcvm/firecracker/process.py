@@ -1,0 +1,152 @@
+"""A Firecracker process: started in a VM's directory, bound to us, its console read into a file.
+
+Firecracker's working directory is the VM's directory and every path it is given is relative to it, so that a snapshot
+holds no absolute path. Its stdout carries its own log and the guest's serial console; a pipe nobody reads would fill
+and hang its API, so a thread reads it from the first byte on.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fcvm.errors import FirecrackerError
+from fcvm.firecracker.api import Api
+from fcvm.linux.inotify import AppearanceOf
+from fcvm.process import spawn
+from fcvm.storage.rotating import RotatingFile
+
+API_SOCKET = "firecracker.sock"
+VSOCK = "vsock.sock"
+CONSOLE = "console.log"
+CONSOLE_LIMIT = 4 << 20  # bytes kept, twice: the current file and the one before
+START_TIMEOUT = 60.0  # seconds until the API answers; natively it takes under one millisecond
+
+
+class Firecracker:
+    """A running VMM; use it as a context manager: leaving kills and reaps it.
+
+    Attributes:
+        api: the connection to its API.
+        pid: its process id.
+        pidfd: readable when it has ended, however it ended.
+    """
+
+    def __init__(
+        self,
+        binary: Path,
+        directory: Path,
+        vm_id: str,
+        *,
+        enter: Callable[[], None] | None = None,
+        arguments: tuple[str, ...] = (),
+    ) -> None:
+        """Start ``binary`` in ``directory`` and wait until its API answers.
+
+        Arguments:
+            enter: called in the child before exec, to enter the VM's network namespace.
+            arguments: more words for its command line (``--firecracker-args``).
+
+        Raises:
+            FirecrackerError: it ended instead, with what it printed.
+        """
+        self.directory = directory
+        (directory / API_SOCKET).unlink(missing_ok=True)
+        self.console = Console(directory / CONSOLE)
+        read, write = os.pipe()
+        with AppearanceOf(directory / API_SOCKET) as appearance:
+            try:
+                self.process = spawn(
+                    [binary, "--api-sock", API_SOCKET, "--id", vm_id, "--level", "Warn", *arguments],
+                    cwd=directory,
+                    stdout=write,
+                    stderr=subprocess.STDOUT,
+                    setup=enter,
+                )
+            except BaseException:
+                os.close(read)
+                raise
+            finally:
+                os.close(write)
+            self.pid = self.process.pid
+            self.pidfd = os.pidfd_open(self.pid)
+            self.console.follow(read)
+            try:
+                if not appearance.wait(timeout=START_TIMEOUT, unless=self.pidfd):
+                    raise FirecrackerError(f"Firecracker did not start.{self.console.quote()}")
+                self.api = self._connect()
+            except BaseException:
+                self.kill()
+                raise
+
+    def _connect(self) -> Api:
+        while True:  # the socket's file appears at bind(2); connections are refused until listen(2), microseconds later
+            try:
+                return Api(self.directory / API_SOCKET)
+            except ConnectionRefusedError:
+                if self.ended():
+                    raise FirecrackerError(f"Firecracker did not start.{self.console.quote()}") from None
+                os.sched_yield()
+
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """End it at once and reap it; safe to call again."""
+        if getattr(self, "api", None) is not None:
+            self.api.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        self.console.join()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def __enter__(self) -> "Firecracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Console:
+    """The guest's serial console and Firecracker's own log, kept in a size-limited file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = RotatingFile(path, CONSOLE_LIMIT)
+        self.tail = b""  # the last 16 KiB
+        self.thread: threading.Thread | None = None
+
+    def follow(self, fd: int) -> None:
+        """Read ``fd`` to its end in a thread; takes the descriptor over."""
+        self.thread = threading.Thread(target=self._read, args=(fd,), name="console", daemon=True)
+        self.thread.start()
+
+    def _read(self, fd: int) -> None:
+        try:
+            while data := os.read(fd, 65536):
+                self.tail = (self.tail + data)[-16384:]
+                self.file.write(data)
+        finally:
+            os.close(fd)
+            self.file.close()
+
+    def join(self) -> None:
+        """Wait for the end of the console; the writer is dead by now."""
+        if self.thread is not None:
+            self.thread.join(timeout=10)
+
+    def lines(self, count: int = 10) -> list[str]:
+        """The last ``count`` lines, without control characters."""
+        text = self.tail.decode(errors="replace").replace("\r", "")
+        clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        return [line for line in clean.split("\n") if line.strip()][-count:]
+
+    def quote(self, count: int = 10) -> str:
+        """The last lines as an indented block for an error message; empty when there are none."""
+        lines = self.lines(count)
+        return " The last console lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""

@@ -1,0 +1,207 @@
+"""What is known of each VM: one JSON file, replaced atomically, and a lock that tells whether it lives.
+
+The supervisor holds an flock on ``state/<id>.lock`` for its whole life, so "is it alive" is a question to the kernel,
+not to a process number that may have been reused. A VM whose lock is free while its record says that it runs has
+crashed; ``sweep`` removes what it left.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fcvm.errors import ConflictError, NotFoundError, UsageError
+from fcvm.storage.layout import Layout, locked, remove
+
+SCHEMA = 1
+NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")  # Podman's rule, within a host name's length
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One VM as `fcvm ls --json` shows it; docs/json.md describes each field.
+
+    Attributes:
+        pid: of the supervisor, the process that the VM's life is bound to; where the VMs are.
+        status: ``starting``, ``running``, ``stopping``, ``exited``.
+        health: ``starting``, ``healthy``, ``unhealthy``, ``stopped``.
+        created_at: seconds since the epoch.
+        keep: the record stays after the end (--no-rm).
+    """
+
+    id: str
+    name: str
+    pid: int
+    status: str
+    health: str
+    image: str
+    created_at: float
+    cpu: int
+    memory_mib: int
+    exit_code: int | None = None
+    snapshot: str | None = None
+    network: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    volumes: list[dict[str, Any]] = field(default_factory=list)
+    keep: bool = False
+    schema: int = SCHEMA
+
+    def public(self) -> dict[str, Any]:
+        """The record as JSON for users."""
+        values = asdict(self)
+        del values["keep"]
+        values["created_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created_at))
+        return values
+
+
+def check_name(name: str) -> str:
+    """``name`` if it can name a VM; raises UsageError."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a VM.",
+            hint="use letters, digits, '_', '.' and '-', beginning with a letter or digit, at most 63",
+        )
+    return name
+
+
+class Registration:
+    """A VM's own entry: holds its lock from ``register`` until ``close``; ``update`` replaces its record."""
+
+    def __init__(self, layout: Layout, record: Record, lock: int) -> None:
+        self.layout = layout
+        self.record = record
+        self.lock = lock
+
+    def update(self, **changes: Any) -> None:
+        """Replace fields of the record, on disk at once."""
+        self.record = replace(self.record, **changes)
+        write(self.layout, self.record)
+
+    def close(self) -> None:
+        """End the registration; the record goes with it unless it is kept."""
+        if self.lock < 0:
+            return
+        if not self.record.keep:
+            forget(self.layout, self.record.id)
+        os.close(self.lock)
+        self.lock = -1
+
+
+def new_id() -> str:
+    """A fresh VM id: twelve hexadecimal digits."""
+    return secrets.token_hex(6)
+
+
+def register(layout: Layout, record: Record) -> Registration:
+    """Enter a new VM.
+
+    Raises:
+        ConflictError: its name is that of another VM.
+    """
+    with locked(layout.state / ".register.lock"):
+        for other in records(layout):
+            if other.name == record.name:
+                verb = "running" if is_alive(layout, other.id) else "kept"
+                raise ConflictError(
+                    f"A VM named {record.name!r} exists already ({verb}).",
+                    hint=f"fcvm {'stop' if verb == 'running' else 'rm'} {record.name}",
+                )
+        lock = os.open(_lock_path(layout, record.id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write(layout, record)
+    return Registration(layout, record, lock)
+
+
+def write(layout: Layout, record: Record) -> None:
+    """Put ``record`` on disk, replacing the one before in one step."""
+    path = layout.state / f"{record.id}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(record)))
+    os.replace(temporary, path)
+
+
+def read(layout: Layout, vm_id: str) -> Record | None:
+    """The record of ``vm_id``; None when it is gone or from another schema."""
+    try:
+        values = json.loads((layout.state / f"{vm_id}.json").read_text())
+        return Record(**values) if values.get("schema") == SCHEMA else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def records(layout: Layout) -> Iterator[Record]:
+    """All VMs, the oldest first."""
+    found = [record for path in layout.state.glob("*.json") if (record := read(layout, path.stem))]
+    yield from sorted(found, key=lambda record: record.created_at)
+
+
+def is_alive(layout: Layout, vm_id: str) -> bool:
+    """Whether its supervisor lives: asked of the kernel through the lock it holds."""
+    try:
+        fd = os.open(_lock_path(layout, vm_id), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def find(layout: Layout, *, name: str | None = None, pid: int | None = None, alive: bool = True) -> Record:
+    """The VM of that name, id (or unambiguous beginning of it) or supervisor pid.
+
+    Raises:
+        NotFoundError: there is none (or, with ``alive``, it does not run).
+    """
+    what = f"with pid {pid}" if name is None else f"named {name!r}"
+    found = [r for r in records(layout) if (r.pid == pid if name is None else name in (r.name, r.id))]
+    if not found and name is not None and len(name) >= 4:
+        found = [r for r in records(layout) if r.id.startswith(name)]
+    if len(found) != 1:
+        raise NotFoundError(f"There is no VM {what}.", hint="fcvm ls --all")
+    if alive and not is_alive(layout, found[0].id):
+        raise NotFoundError(f"The VM {found[0].name!r} is not running.", hint="fcvm ls --all")
+    return found[0]
+
+
+def sweep(layout: Layout) -> list[str]:
+    """Remove what VMs whose supervisor died without cleaning up have left; returns their names.
+
+    Processes, namespaces and taps are bound to the supervisor by the kernel and are gone already; what remains is
+    files. Cheap when there is nothing to do: two directory listings.
+    """
+    names = []
+    with contextlib.suppress(FileNotFoundError), locked(layout.state / ".register.lock"):
+        known = {record.id: record for record in records(layout)}
+        directories = {path.name for path in layout.vms.iterdir()}
+        for vm_id in known.keys() | directories | {path.stem for path in layout.state.glob("*.lock")}:
+            record = known.get(vm_id)
+            if vm_id.startswith(".") or is_alive(layout, vm_id):
+                continue
+            if record is not None and record.status == "exited" and record.keep:
+                continue
+            forget(layout, vm_id)
+            names.append(record.name if record else vm_id)
+    return names
+
+
+def forget(layout: Layout, vm_id: str) -> None:
+    """Remove a dead VM's directory, record and lock."""
+    remove(layout.vms / vm_id)
+    (layout.state / f"{vm_id}.json").unlink(missing_ok=True)
+    (layout.state / f"{vm_id}.tmp").unlink(missing_ok=True)
+    _lock_path(layout, vm_id).unlink(missing_ok=True)
+
+
+def _lock_path(layout: Layout, vm_id: str) -> Path:
+    return layout.state / f"{vm_id}.lock"
