@@ -1,0 +1,112 @@
+"""Opens a layer's blob: finds out how it is compressed, decompresses it, and checks that its content is what it should be."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from fcvm import process
+from fcvm.errors import ImageError
+
+BUFFER = 1 << 20
+
+# Compression numbers of containers/storage (pkg/archive), and the magic bytes that tell.
+NONE, BZIP2, GZIP, XZ, ZSTD = range(5)
+MAGIC = ((b"BZh", BZIP2), (b"\x1f\x8b\x08", GZIP), (b"\xfd7zXZ\0", XZ), (b"\x28\xb5\x2f\xfd", ZSTD))
+
+
+class LayerStream(io.RawIOBase):
+    """The uncompressed content of a layer; ``kind`` is how it was compressed."""
+
+    def __init__(self, content: IO[bytes], kind: int) -> None:
+        self.kind = kind
+        self._content = content
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._content.read(size)
+        self._hash.update(data)
+        self._size += len(data)
+        return data
+
+    def finish(self, expected: str) -> int:
+        """Read what is left and return the size of all of it in bytes.
+
+        Raises:
+            ImageError: the content's digest is not ``expected``.
+        """
+        while self.read(BUFFER):
+            pass
+        if "sha256:" + self._hash.hexdigest() != expected:
+            raise ImageError("A layer of the image is damaged: its content is not what the configuration names.")
+        return self._size
+
+
+class _Counted(io.RawIOBase):
+    """A file that reports how much of it was read."""
+
+    def __init__(self, file: IO[bytes], progress: Callable[[int], object]) -> None:
+        self._file = file
+        self._progress = progress
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._progress(len(data))
+        return data
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerStream]:
+    """The content of the layer whose blob is at ``path``.
+
+    Arguments:
+        progress: called with the number of bytes of the blob that were read.
+
+    Raises:
+        ImageError: on the way, if the blob is damaged.
+        HostError: it is compressed with zstd and that program is not installed.
+    """
+    with path.open("rb", buffering=0) as blob:
+        magic = blob.read(6)
+        blob.seek(0)
+        kind = next((kind for start, kind in MAGIC if magic.startswith(start)), NONE)
+        if kind == ZSTD:
+            with process.spawn([process.find("zstd"), "-dcq"], stdin=blob, stdout=-1) as child:
+                assert child.stdout is not None
+                try:
+                    yield LayerStream(child.stdout, kind)
+                    progress(path.stat().st_size)
+                finally:
+                    child.kill()
+            return
+        counted = cast(IO[bytes], io.BufferedReader(_Counted(blob, progress), BUFFER))
+        openers: dict[int, Callable[[IO[bytes]], IO[bytes]]] = {
+            NONE: lambda file: file,
+            BZIP2: lambda file: cast(IO[bytes], bz2.BZ2File(file)),
+            GZIP: lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")),
+            XZ: lambda file: cast(IO[bytes], lzma.LZMAFile(file)),
+        }
+        try:
+            yield LayerStream(openers[kind](counted), kind)
+        except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+            if getattr(error, "errno", None) is not None:  # not the blob's fault: no space left, for example
+                raise
+            raise ImageError("A layer of the image is damaged: it cannot be decompressed.") from error
