@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message[:1].upper() + message[1:] + ".", hint=f"{self.prog} --help")
 
 
-def build(command: str | None = None) -> Parser:
-    """The parser; only ``command``'s own arguments are filled in (all commands' for None are left out)."""
+def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
+    """The parser; only ``command``'s own arguments are filled in, unless ``all_commands`` are asked for."""
     parser = Parser(prog="fcvm", description="Run OCI containers in Firecracker microVMs, and clone running VMs.")
     parser.add_argument("--version", action="version", version=f"fcvm {__version__}")
     for option, text in GLOBAL_OPTIONS.items():
@@ -53,7 +53,7 @@ def build(command: str | None = None) -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, title="commands")
     for name, (module, summary) in COMMANDS.items():
         child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
-        if name == command:
+        if name == command or all_commands:
             load(module).configure(child)
     return parser
 
@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``fcvm ARGV``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            load("completions").complete()
         return dispatch(argv)
     except FcvmError as error:
         report(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fcvm.errors import FirecrackerError
 from fcvm.firecracker.api import Api
-from fcvm.linux.inotify import AppearanceOf
+from fcvm.linux import inotify
 from fcvm.process import spawn
 from fcvm.storage.rotating import RotatingFile
 
@@ -56,7 +56,7 @@ class Firecracker:
         (directory / API_SOCKET).unlink(missing_ok=True)
         self.console = Console(directory / CONSOLE)
         read, write = os.pipe()
-        with AppearanceOf(directory / API_SOCKET) as appearance:
+        with inotify.Watch(directory, inotify.IN_CREATE) as creations:
             try:
                 self.process = spawn(
                     [binary, "--api-sock", API_SOCKET, "--id", vm_id, "--level", "Warn", *arguments],
@@ -74,8 +74,9 @@ class Firecracker:
             self.pidfd = os.pidfd_open(self.pid)
             self.console.follow(read)
             try:
-                if not appearance.wait(timeout=START_TIMEOUT, unless=self.pidfd):
-                    raise FirecrackerError(f"Firecracker did not start.{self.console.quote()}")
+                while not (directory / API_SOCKET).exists():
+                    if not creations.wait(timeout=START_TIMEOUT, unless=self.pidfd):
+                        raise self._not_started()
                 self.api = self._connect()
             except BaseException:
                 self.kill()
@@ -87,8 +88,13 @@ class Firecracker:
                 return Api(self.directory / API_SOCKET)
             except ConnectionRefusedError:
                 if self.ended():
-                    raise FirecrackerError(f"Firecracker did not start.{self.console.quote()}") from None
+                    raise self._not_started() from None
                 os.sched_yield()
+
+    def _not_started(self) -> FirecrackerError:
+        self.process.kill()
+        self.console.join()
+        return FirecrackerError(f"Firecracker did not start.{self.console.quote()}", hint="fcvm doctor")
 
     def ended(self) -> bool:
         """Whether the process is gone."""

@@ -1,43 +1,50 @@
-"""Wait for a file to appear, by inotify(7)."""
+"""inotify(7): become readable when something happens to a file or in a directory."""
 
 import ctypes
 import os
 import select
 from pathlib import Path
 
-IN_CREATE = 0x100  # <linux/inotify.h>
+# <linux/inotify.h>
+IN_MODIFY = 0x2
+IN_CLOSE_WRITE = 0x8
 IN_MOVED_TO = 0x80
-IN_CLOEXEC = os.O_CLOEXEC
+IN_CREATE = 0x100
+IN_DELETE = 0x200
+IN_DELETE_SELF = 0x400
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class AppearanceOf:
-    """Watches a directory from construction on, so that a file made between two looks is not missed.
+class Watch:
+    """Events of ``mask`` at ``path``, from construction on; ``fd`` is readable while there are some. Raises OSError."""
 
-    ``fd`` becomes readable when something was made in the directory; ``wait`` looks whether ``path`` is there.
-    """
+    def __init__(self, path: Path, mask: int) -> None:
+        self.fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), f"inotify: {os.strerror(ctypes.get_errno())}")
+        if _libc.inotify_add_watch(self.fd, os.fsencode(path), mask) < 0:
+            code = ctypes.get_errno()
+            os.close(self.fd)
+            raise OSError(code, f"inotify on {path}: {os.strerror(code)}")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = _libc.inotify_init1(IN_CLOEXEC)
-        if self.fd < 0 or _libc.inotify_add_watch(self.fd, os.fsencode(path.parent), IN_CREATE | IN_MOVED_TO) < 0:
-            raise OSError(ctypes.get_errno(), f"inotify on {path.parent}: {os.strerror(ctypes.get_errno())}")
-
-    def wait(self, *, timeout: float, unless: int) -> bool:
-        """True once ``path`` exists; False when ``timeout`` seconds passed or the descriptor ``unless`` is readable."""
+    def wait(self, *, timeout: float | None = None, unless: int | None = None) -> bool:
+        """Wait for events and swallow them; False after ``timeout`` seconds or once descriptor ``unless`` is readable."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        poll.register(unless, select.POLLIN)
-        while not self.path.exists():
-            ready = dict(poll.poll(timeout * 1000))
-            if not ready or unless in ready:
-                return False
-            os.read(self.fd, 4096)
+        if unless is not None:
+            poll.register(unless, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        if self.fd not in ready:
+            return False
+        os.read(self.fd, 65536)
         return True
 
-    def __enter__(self) -> "AppearanceOf":
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> "Watch":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        self.close()

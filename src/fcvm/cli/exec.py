@@ -1,0 +1,73 @@
+"""`fcvm exec`: a command in a VM's container, or with --vm in its guest OS."""
+
+import argparse
+import os
+import sys
+from functools import partial
+
+from fcvm.agent import session, vsock
+from fcvm.cli import target, values
+from fcvm.cli.context import Context
+from fcvm.errors import ContainerError, UsageError
+from fcvm.vm import paths, state
+
+WHERE = "vms"
+SHELLS = ("sh", "bash", "ash", "dash", "zsh", "fish")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "fcvm exec [OPTIONS] NAME [--] COMMAND ..."
+    target.configure(parser)
+    add = parser.add_argument
+    add("--vm", action="store_true", help="in the guest OS instead of the container")
+    add("--interactive", "-i", action="store_true", help="pass our stdin on")
+    add("--tty", "-t", action="store_true", help="give the command a terminal (a shell on a terminal has -it anyway)")
+    add("--env", "-e", action="append", default=[], metavar="K=V", help="environment variable; K=V,K2=V2 lists; K alone: from ours")
+    add("--user", "-u", metavar="USER[:GROUP]", help="user of the command (default: the container's)")
+    add("--workdir", "-w", metavar="DIR", help="working directory (default: the container's)")
+    add("--privileged", action="store_true", help="all capabilities")
+    add("words", nargs=argparse.REMAINDER, metavar="NAME [--] COMMAND ...", help="the VM, then the command")
+
+
+def prepare(args: argparse.Namespace, context: Context) -> None:
+    target.take_name(args)
+    if not args.words:
+        raise UsageError("No command is given.", hint=f"fcvm exec {args.name or f'--pid {args.pid}'} -- sh")
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if len(args.words) == 1 and os.path.basename(args.words[0]) in SHELLS and on_terminal:
+        args.interactive = args.tty = True
+    if args.tty and args.interactive and not sys.stdin.isatty():
+        raise UsageError("--tty needs a terminal on stdin.", hint="use -i alone to pipe data in")
+    args.env = values.pairs(args.env, "--env", environ=os.environ)
+    if args.tty and "TERM" in os.environ:
+        args.env.setdefault("TERM", os.environ["TERM"])
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    vm = target.find_vm(args, context.layout)
+    connect = partial(vsock.connect, context.layout.vms / vm.id / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+    request = session.Request(
+        args.words,
+        target="vm" if args.vm else "container",
+        env=args.env,
+        cwd=args.workdir,
+        user=args.user,
+        tty=args.tty,
+        stdin=args.interactive,
+        privileged=args.privileged,
+    )
+    try:
+        end = session.stream(
+            connect,
+            request,
+            stdin=0 if args.interactive else None,
+            on_output=session.to_descriptors(1, 2),
+            terminal=0 if args.tty and os.isatty(0) else None,
+            signals=session.FORWARDED,
+        )
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        state.sweep(context.layout)
+        raise ContainerError(f"The VM {vm.name!r} has just ended.", hint="fcvm ls --all") from error
+    if end.message:
+        raise ContainerError(end.message, exit_code=end.code)
+    return end.code

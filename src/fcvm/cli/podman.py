@@ -1,0 +1,159 @@
+"""`fcvm podman run`: a container in a microVM of its own."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from fcvm.cli import values
+from fcvm.cli.context import Context
+from fcvm.errors import NotFoundError, UsageError
+
+WHERE = "vms"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="run", required=True, title="commands")
+    run = actions.add_parser(
+        "run",
+        help="run a container in a new microVM",
+        usage="fcvm podman run [OPTIONS] IMAGE [--] [COMMAND ...]",
+        description="Run an image's container under Podman in a new Firecracker microVM. The exit code is the container's.",
+    )
+    add = run.add_argument
+    add("--name", metavar="NAME", help="name of the VM, unique among those that live (default: made up)")
+    add("--cpu", "--cpus", metavar="N", help="virtual CPUs (default: the setting cpu)")
+    add("--mem", "--memory", "-m", metavar="SIZE", help="memory: MiB, or 512m, 2g (default: the setting mem)")
+    add("--env", "-e", action="append", default=[], metavar="K=V", help="environment variable; K=V,K2=V2 lists; K alone: from ours")
+    add("--env-file", action="append", default=[], metavar="FILE", help="read variables from a file")
+    add("--cmd", metavar="STRING", help="the container's command in one string, split as a shell splits words")
+    add("--entrypoint", metavar="STRING", help="replace the image's entrypoint; a string, or a JSON array")
+    add("--user", "-u", metavar="USER[:GROUP]", help="user of the container's process")
+    add("--workdir", "-w", metavar="DIR", help="working directory in the container")
+    add("--privileged", action="store_true", help="give the container all of its VM's devices and capabilities")
+    add("--label", "-l", action="append", default=[], metavar="K=V", help="label of the VM and container")
+    add("--rm", action=argparse.BooleanOptionalAction, default=True, help="remove the VM when it has ended (default)")
+    add("--detach", "-d", action="store_true", help="run in the background; print the name")
+    add("--interactive", "-i", action="store_true", help="pass our stdin on")
+    add("--tty", "-t", action="store_true", help="give the container a terminal")
+    add("--pull", default="missing", metavar="POLICY", choices=("always", "missing", "newer", "never"), help="when to pull: always, missing (default), newer, never")
+    add("--publish", "-p", action="append", default=[], metavar="[IP:][HOST:]GUEST[/udp]", help="publish a port on the host")
+    add("--network", metavar="MODE", choices=("rootless", "bridged", "none"), help="rootless, bridged or none (default: bridged as root)")
+    add("--forward-localhost", action="append", default=[], metavar="PORTS", help="let the guest reach these ports of the host's loopback")
+    add("--health-check", metavar="URL", help="healthy when this URL answers in the guest (default: the image's HEALTHCHECK)")
+    add("--stop-timeout", metavar="SECONDS", help="from stop signal to kill (default: the setting stop_timeout)")
+    add("--kernel", metavar="FILE", help="boot this vmlinux instead of the one from setup")
+    add("--firecracker-args", metavar="STRING", help="more words for Firecracker's command line")
+    add("--scratch-size", metavar="SIZE", help="size of the VM's writable disk (default: the setting scratch_size)")
+    add("--log-prefix", action=argparse.BooleanOptionalAction, default=None, help="begin lines with [ctr:out] or [ctr:err] (default: on a terminal)")
+    add("--timings", action="store_true", help="print how long each stage of the start took, on stderr")
+    add("--setup", action="store_true", help="run `fcvm setup` first if something is missing")
+    add("words", nargs=argparse.REMAINDER, metavar="IMAGE [--] [COMMAND ...]", help="the image, then the container's command and arguments")
+
+
+def prepare(args: argparse.Namespace, context: Context) -> None:
+    """Check everything, resolve the image to its disk, and leave ``args.spec``, plain JSON, for ``run``."""
+    from fcvm import setup
+    from fcvm.vm.spec import ImageUse, RunSpec
+
+    draft = _check(args, context)
+    if args.setup:
+        from fcvm.setup.progress import Progress
+
+        setup.ensure(context.config, context.layout, Progress())
+    else:
+        setup.find(context.config, context.layout)
+
+    from fcvm.images import resolve
+
+    image = resolve.ensure(args.words[0], pull=args.pull, layout=context.layout)
+    use = ImageUse(reference=image.reference, id=image.id, digest=image.digest, path=str(image.path))
+    args.spec = RunSpec(image=use, **draft).to_json()
+
+
+def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
+    """The fields of the RunSpec, all but the image: cheap checks come before any work."""
+    from fcvm.vm import spec, state
+
+    config = context.config
+    if not args.words:
+        raise UsageError("No image is named.", hint="fcvm podman run IMAGE")
+    command = args.words[1:]
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if args.cmd is not None and command:
+        raise UsageError("The container's command is given twice: by --cmd and after the image.", hint="leave one of them out")
+    if args.tty and not sys.stdin.isatty() and args.interactive and not args.detach:
+        raise UsageError("--tty needs a terminal on stdin.", hint="use -i alone to pipe data in")
+    if args.detach and args.interactive and not args.tty:
+        raise UsageError("A detached container has no stdin.", hint="leave out -i or -d")
+    env: dict[str, str] = {}
+    for path in args.env_file:
+        env |= values.env_file(path)
+    env |= values.pairs(args.env, "--env", environ=os.environ)
+    kernel = os.path.abspath(args.kernel) if args.kernel else None
+    if kernel and not os.path.isfile(kernel):
+        raise NotFoundError(f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux")
+    name = state.check_name(args.name) if args.name is not None else f"vm-{state.new_id()[:8]}"
+    if args.cmd is not None:
+        command = values.words(args.cmd, "--cmd")
+    return {
+        "name": name,
+        "command": command or None,
+        "entrypoint": _entrypoint(args.entrypoint),
+        "env": env,
+        "user": args.user,
+        "workdir": args.workdir,
+        "privileged": args.privileged,
+        "labels": values.pairs(args.label, "--label"),
+        "cpu": spec.check_cpu(values.number(args.cpu, "--cpu", least=1) if args.cpu else config.cpu),
+        "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem else config.mem),
+        "scratch_size": values.size(args.scratch_size, "--scratch-size") if args.scratch_size else config.scratch_size,
+        "kernel": kernel,
+        "firecracker_args": values.words(args.firecracker_args or "", "--firecracker-args"),
+        "tty": args.tty,
+        "interactive": args.interactive,
+        "detach": args.detach,
+        "remove": args.rm,
+        "stop_timeout": values.number(args.stop_timeout, "--stop-timeout") if args.stop_timeout else config.stop_timeout,
+        "health_check": _url(args.health_check),
+        "log_prefix": args.log_prefix,
+        "network": args.network,
+        "publish": args.publish,
+        "forward_localhost": args.forward_localhost,
+        "timings": args.timings,
+    }
+
+
+def _entrypoint(text: str | None) -> list[str] | None:
+    """``--entrypoint`` as Podman takes it: one program, or a JSON array; the empty string clears the image's."""
+    if text is None:
+        return None
+    if text.startswith("["):
+        import json
+
+        try:
+            words = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--entrypoint {text!r} is not a JSON array: {error}.") from error
+        if not all(isinstance(word, str) for word in words):
+            raise UsageError(f"--entrypoint {text!r} is not an array of strings.")
+        return list(words)
+    return [text] if text else []
+
+
+def _url(text: str | None) -> str | None:
+    """``--health-check`` if it is a URL that can be asked in the guest."""
+    if text is not None and not text.startswith(("http://", "https://")):
+        raise UsageError(f"--health-check {text!r} is not a URL.", hint="--health-check http://localhost:80/")
+    return text
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.vm import run as vm
+    from fcvm.vm.spec import RunSpec
+
+    spec = RunSpec.from_json(args.spec)
+    if spec.detach:
+        return vm.detached(spec, context.config)
+    return vm.foreground(spec, context.config)

@@ -1,0 +1,30 @@
+"""`fcvm rm`: remove VMs that have ended and were kept by --no-rm, with their logs."""
+
+import argparse
+
+from fcvm.cli.context import Context
+from fcvm.errors import ConflictError, UsageError
+from fcvm.vm import state
+
+WHERE = "vms"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", "-a", action="store_true", help="all that have ended")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    layout = context.layout
+    state.sweep(layout)
+    if not args.names and not args.all:
+        raise UsageError("No VM is named.", hint="fcvm ls --all")
+    found = [state.find(layout, name=name, alive=False) for name in args.names]
+    if args.all:
+        found = [record for record in state.records(layout) if not state.is_alive(layout, record.id)]
+    for record in found:
+        if state.is_alive(layout, record.id):
+            raise ConflictError(f"The VM {record.name!r} is running.", hint=f"fcvm stop {record.name}")
+        state.forget(layout, record.id)
+        print(record.name)
+    return 0

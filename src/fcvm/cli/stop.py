@@ -1,0 +1,37 @@
+"""`fcvm stop`: end VMs: the container's stop signal, then a kill after the timeout."""
+
+import argparse
+
+from fcvm.cli import target
+from fcvm.cli.context import Context
+from fcvm.cli.values import number
+from fcvm.vm import rpc, state
+
+WHERE = "vms"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    target.configure(parser)
+    parser.add_argument("--timeout", "-t", "--time", metavar="SECONDS", help="from stop signal to kill (default: the VM's own)")
+    parser.add_argument("--all", "-a", action="store_true", help="all VMs that run")
+    parser.add_argument("words", nargs="*", metavar="NAME")
+
+
+def prepare(args: argparse.Namespace, context: Context) -> None:
+    if args.timeout is not None:
+        args.timeout = number(args.timeout, "--timeout")
+    if not args.all:
+        target.take_name(args)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    layout = context.layout
+    state.sweep(layout)
+    if args.all:
+        found = [record for record in state.records(layout) if state.is_alive(layout, record.id)]
+    else:
+        found = [target.find_vm(args, layout), *(state.find(layout, name=name) for name in args.words)]
+    for record in found:
+        rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
+        print(record.name)
+    return 0

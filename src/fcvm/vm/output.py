@@ -1,0 +1,130 @@
+"""The container's output: kept in the VM's log, and handed to our own stdout and stderr.
+
+The log is a sequence of records, ``>QBI`` (nanoseconds since the epoch, stream 1 or 2, length) and the bytes. Unlike a
+line-oriented format it is exact for any bytes, and writing it costs one call a chunk.
+"""
+
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from fcvm.linux import inotify
+from fcvm.storage.rotating import RotatingFile
+
+LOG = "container.log"
+CLOSED = "container.log.closed"  # made when the container has ended, for those who follow a kept VM's log
+RECORD = struct.Struct(">QBI")
+MAX_CHUNK = 16 << 20
+
+Stream = Literal["stdout", "stderr"]
+_CHANGES = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_DELETE | inotify.IN_MOVED_TO | inotify.IN_DELETE_SELF
+_NUMBER: dict[Stream, int] = {"stdout": 1, "stderr": 2}
+
+
+class Output:
+    """Takes the container's output chunk by chunk; ``write`` blocks while our own reader is slow.
+
+    Attributes:
+        closed: our reader has gone (``write`` raised BrokenPipeError); what comes later is only logged.
+    """
+
+    def __init__(self, log: Path, limit: int, *, show: bool, prefix: bool) -> None:
+        """Keep between ``limit`` and twice ``limit`` bytes in ``log``; with ``show`` write to our own stdout and stderr.
+
+        Arguments:
+            prefix: begin every line with ``[ctr:out]`` or ``[ctr:err]``.
+        """
+        self.log = RotatingFile(log, limit)
+        self.show = show
+        self.prefix = prefix
+        self.closed = False
+        self.line_open: dict[Stream, bool] = {"stdout": False, "stderr": False}
+
+    def write(self, stream: Stream, data: bytes) -> None:
+        """One chunk of ``stream``. Raises BrokenPipeError, once, if our reader has gone."""
+        self.log.write(RECORD.pack(time.time_ns(), _NUMBER[stream], len(data)) + data)
+        if self.show and not self.closed:
+            try:
+                write_all(_NUMBER[stream], self._prefixed(stream, data) if self.prefix else data)
+            except BrokenPipeError:
+                self.closed = True
+                raise
+
+    def _prefixed(self, stream: Stream, data: bytes) -> bytes:
+        mark = b"[ctr:out] " if stream == "stdout" else b"[ctr:err] "
+        start = b"" if self.line_open[stream] else mark
+        self.line_open[stream] = not data.endswith(b"\n")
+        body, end = (data, b"") if self.line_open[stream] else (data[:-1], b"\n")
+        return start + body.replace(b"\n", b"\n" + mark) + end
+
+    def close(self) -> None:
+        """End a line left open behind a prefix, and the log."""
+        if self.show and self.prefix and not self.closed and any(self.line_open.values()):
+            os.write(1, b"\n")
+        self.log.close()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` to a blocking descriptor."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
+    """Every record of a VM's log so far: (nanoseconds, stream, bytes), the oldest first."""
+    for path in (directory / f"{LOG}.1", directory / LOG):
+        try:
+            with open(path, "rb") as file:
+                yield from _records(file.fileno())
+        except FileNotFoundError:
+            continue
+
+
+def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
+    """Every record so far and then each new one, until the log is closed for good or removed with its VM.
+
+    A rotation while we are behind loses what was rotated away twice, as it does for `tail -F`.
+    """
+    with inotify.Watch(directory, _CHANGES) as watch:
+        with contextlib.suppress(FileNotFoundError), open(directory / f"{LOG}.1", "rb") as old:
+            yield from _records(old.fileno())
+        file = open(directory / LOG, "rb")  # noqa: SIM115
+        try:
+            while True:
+                yield from _records(file.fileno())
+                try:
+                    replaced = os.stat(directory / LOG).st_ino != os.fstat(file.fileno()).st_ino
+                except FileNotFoundError:
+                    yield from _records(file.fileno())
+                    return
+                if replaced:
+                    yield from _records(file.fileno())
+                    file.close()
+                    file = open(directory / LOG, "rb")  # noqa: SIM115
+                elif (directory / CLOSED).exists():
+                    yield from _records(file.fileno())
+                    return
+                else:
+                    watch.wait(timeout=5.0)
+        finally:
+            file.close()
+
+
+def _records(fd: int) -> Iterator[tuple[int, Stream, bytes]]:
+    """Whole records from the descriptor's position on; a half-written one is left for the next call."""
+    while True:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        head = os.read(fd, RECORD.size)
+        if len(head) == RECORD.size:
+            when, number, length = RECORD.unpack(head)
+            data = os.read(fd, length) if length <= MAX_CHUNK else b""
+            if len(data) == length:
+                yield when, "stdout" if number == 1 else "stderr", data
+                continue
+        os.lseek(fd, position, os.SEEK_SET)
+        return

@@ -1,0 +1,155 @@
+"""A VM tied to this process: its terminal, its signals, its exit code."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from fcvm import setup
+from fcvm.config import Config
+from fcvm.errors import FcvmError
+from fcvm.storage.layout import Layout
+from fcvm.vm import rpc, state
+from fcvm.vm.spec import RunSpec
+from fcvm.vm.start import Boot, Start
+from fcvm.vm.supervisor import Supervisor
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Killed(BaseException):
+    """Raised in the main thread by a second signal, so that even a write that blocks is left."""
+
+
+def how_to_start(spec: RunSpec, config: Config) -> Start:
+    """The quickest start there is for ``spec``."""
+    return Boot(setup.find(config, Layout(config.base_dir)))
+
+
+def foreground(spec: RunSpec, config: Config) -> int:
+    """Run a VM until its container ends; returns the container's exit code.
+
+    The first SIGINT, SIGTERM or SIGHUP stops the container with its stop signal, the second one kills the VM.
+
+    Raises:
+        FcvmError: as ``Supervisor.run``.
+    """
+    if spec.log_prefix is None:
+        spec = replace(spec, log_prefix=sys.stdout.isatty())
+    state.sweep(Layout(config.base_dir))
+    supervisor = Supervisor(spec, config, how_to_start(spec, config))
+    stdin = 0 if spec.interactive else None
+    code = drive(supervisor, stdin=stdin, terminal=0 if spec.tty and os.isatty(0) else None)
+    if spec.timings:
+        supervisor.timings.print()
+    return code
+
+
+def drive(supervisor: Supervisor, *, stdin: int | None = None, terminal: int | None = None) -> int:
+    """Run ``supervisor`` in a thread, carry its container's streams in this one, the main thread, and handle signals."""
+    result: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            result["code"] = supervisor.run()
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=run, name="supervisor")
+    broken_pipe = False
+    with stopping(supervisor):
+        thread.start()
+        try:
+            supervisor.carry_streams(stdin=stdin, terminal=terminal)
+        except BrokenPipeError:
+            broken_pipe = True
+            supervisor.ask({"op": "kill"})
+        except Killed:
+            pass
+        while thread.is_alive():
+            with contextlib.suppress(Killed):
+                thread.join()
+    if "error" in result:
+        raise result["error"]
+    return 141 if broken_pipe else int(result["code"])
+
+
+@contextlib.contextmanager
+def stopping(supervisor: Supervisor) -> Iterator[None]:
+    """Turn the first signal into a stop, the next into a kill."""
+    seen = 0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal seen
+        seen += 1
+        supervisor.ask({"op": "stop"} if seen == 1 else {"op": "kill"})
+        if seen > 1:
+            raise Killed
+
+    before = {number: signal.signal(number, handle) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def detached(spec: RunSpec, config: Config) -> int:
+    """Start a VM whose supervisor lives on in the background; print its name once the container runs.
+
+    Raises:
+        FcvmError: it could not be started; nothing is left then.
+    """
+    state.sweep(Layout(config.base_dir))
+    start = how_to_start(spec, config)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        _background(spec, config, start, write)
+    os.close(write)
+    with os.fdopen(read, "rb") as report:
+        line = report.read()
+    if not line:
+        os.waitpid(child, 0)
+        raise FcvmError("The VM's supervisor died before the container ran.", hint="FCVM_LOG=debug fcvm podman run ...")
+    answer: dict[str, Any] = json.loads(line)
+    if "error" in answer:
+        os.waitpid(child, 0)
+        raise FcvmError(answer["error"], hint=answer["hint"], exit_code=answer["exit_code"])
+    print(answer["name"])
+    return 0
+
+
+def _background(spec: RunSpec, config: Config, start: Start, report: int) -> None:
+    """The background process: tells ``report`` once how the start went, then is silent. Never returns."""
+    code = 125
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        told = False
+
+        def tell(answer: dict[str, Any]) -> None:
+            nonlocal told
+            if not told:
+                told = True
+                with contextlib.suppress(OSError):
+                    os.write(report, json.dumps(answer).encode())
+                os.close(report)
+
+        supervisor = Supervisor(spec, config, start, on_started=lambda: tell({"name": spec.name}))
+        try:
+            code = drive(supervisor)
+            tell({"name": spec.name})
+        except FcvmError as error:
+            tell(rpc.failure(error))
+            code = error.exit_code
+    finally:
+        os._exit(code)

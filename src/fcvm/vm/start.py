@@ -1,0 +1,90 @@
+"""How a VM comes to life. ``Boot`` starts a kernel; snapshots/restore.py has the other way, from a snapshot.
+
+A start is asked, in this order, for the network, the disks, Firecracker, and then to ``go``; the supervisor holds
+what it returns. Firecracker's directory gets every file under a fixed, relative name (firecracker/boot.py), so that a
+snapshot of the VM can be restored in any other directory.
+"""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fcvm import host, hostpath, network
+from fcvm.firecracker import boot
+from fcvm.firecracker.process import Firecracker
+from fcvm.images import store
+from fcvm.setup import Assets
+from fcvm.setup.kernel import boot_args
+from fcvm.storage import disks
+
+if TYPE_CHECKING:
+    from fcvm.vm.supervisor import Supervisor
+
+
+class Start(Protocol):
+    """The steps of a start; ``snapshot`` is the tag that it is from, None for a boot."""
+
+    snapshot: str | None
+
+    def network(self, vm: "Supervisor") -> AbstractContextManager[network.Network]: ...
+
+    def disks(self, vm: "Supervisor") -> None: ...
+
+    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]: ...
+
+    def go(self, vm: "Supervisor") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """Boot a kernel with the assets from setup."""
+
+    assets: Assets
+    snapshot: str | None = None
+
+    def network(self, vm: "Supervisor") -> AbstractContextManager[network.Network]:
+        """The VM's namespace with its tap."""
+        return network.create(network_spec(vm), vm.id, vm.directory)
+
+    def disks(self, vm: "Supervisor") -> None:
+        """Root, kernel, initrd and image by symbolic link, scratch as a clone of the formatted template."""
+        directory = vm.directory
+        kernel = hostpath.resolve(vm.spec.kernel) if vm.spec.kernel else self.assets.vmlinux
+        link(self.assets.root_image, directory / boot.ROOT_DISK)
+        link(kernel, directory / boot.KERNEL)
+        link(self.assets.initrd, directory / boot.INITRD)
+        link(store.adopt(hostpath.resolve(vm.spec.image.path), vm.layout), directory / boot.IMAGE_DISK)
+        disks.make_scratch(vm.layout, vm.spec.scratch_size, directory / boot.SCRATCH_DISK)
+
+    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+        """A fresh Firecracker in the VM's namespace and directory."""
+        arguments = tuple(vm.spec.firecracker_args)
+        return Firecracker(self.assets.firecracker, vm.directory, vm.id, enter=vm.network.enter, arguments=arguments)
+
+    def go(self, vm: "Supervisor") -> None:
+        """Configure it and start the kernel."""
+        vm.timings.mark("spawn")
+        hardware = boot.Hardware(
+            cpu=vm.spec.cpu,
+            memory=vm.spec.memory,
+            boot_args=boot_args(emulated=host.emulated(), role="vm"),
+            tap=vm.network.tap,
+            mac=vm.network.mac,
+        )
+        boot.configure(vm.firecracker.api, hardware)
+        boot.start(vm.firecracker.api)
+        vm.timings.mark("configure")
+
+
+def network_spec(vm: "Supervisor") -> network.NetworkSpec:
+    """What the VM's options say about its network."""
+    return network.NetworkSpec.from_options(
+        mode=vm.spec.network, publish=vm.spec.publish, forward_localhost=vm.spec.forward_localhost
+    )
+
+
+def link(target: Path, name: Path) -> None:
+    """A symbolic link to a shared, read-only file."""
+    os.symlink(os.path.abspath(target), name)

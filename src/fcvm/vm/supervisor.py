@@ -1,0 +1,348 @@
+"""One VM from its spec to its exit.
+
+``Supervisor.run`` holds everything that a VM is made of (registration, directory, network, Firecracker, control channel, the
+container's output) as nested resources and waits in one loop on descriptors: the agent's messages, the end of
+Firecracker, requests of other commands, what ``ask`` was told by other threads. Whatever happens, the resources are
+released in reverse order; if the process is killed, the kernel ends Firecracker and the network, and the next command
+sweeps the files.
+
+It neither touches signals nor the terminal, so that a clone server can run many of them as threads;
+``fcvm.vm.run`` ties one to a terminal and its signals.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fcvm import log
+from fcvm.agent import session, vsock
+from fcvm.agent.control import Control
+from fcvm.config import Config
+from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError
+from fcvm.firecracker.process import Firecracker
+from fcvm.linux import sockets
+from fcvm.storage.layout import Layout, remove
+from fcvm.vm import operations, output, paths, rpc, state
+from fcvm.vm.plan import make_plan
+from fcvm.vm.spec import RunSpec
+from fcvm.vm.start import Start
+from fcvm.vm.timings import Timings
+
+BOOT_TIMEOUT = 300.0  # seconds until the agent says hello; under emulation beside other work a boot takes up to a minute
+STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
+KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
+
+
+class Supervisor:
+    """The life of one VM.
+
+    Attributes:
+        id: the VM's id; its directory is ``vms/<id>``.
+        timings: how long each stage of the start took.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        config: Config,
+        start: Start,
+        *,
+        on_started: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Arguments:
+            start: how the VM comes to life (booted, restored).
+            on_started: called once, when the container runs.
+        """
+        self.spec = spec
+        self.config = config
+        self.layout = Layout(config.base_dir)
+        self.id = state.new_id()
+        self.directory: Path = self.layout.vms / self.id
+        self.timings = Timings()
+        self._start = start
+        self._on_started = on_started
+        self._attachable = threading.Event()  # the container runs, or never will
+        self._streams_ended = False
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._asks: list[dict[str, Any]] = []
+        self._selector = selectors.DefaultSelector()
+        self._phase = "starting"
+        self._exit: dict[str, Any] | None = None
+        self._deadline: float | None = None
+        self._killing = False
+        self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
+
+    # What other threads may call
+
+    def carry_streams(self, *, stdin: int | None = None, terminal: int | None = None) -> None:
+        """Carry the container's streams from its start to the end of its output; some thread must, once, beside ``run``.
+
+        Arguments:
+            stdin: the descriptor that its stdin is read from.
+            terminal: our terminal, if the container has one; needs the main thread.
+
+        Raises:
+            BrokenPipeError: the reader of our stdout has gone; the container was hung up.
+        """
+        self._attachable.wait()
+        try:
+            if self._phase == "running":
+                connect = partial(vsock.connect, self.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+                session.stream(
+                    connect, session.Resume("main"), stdin=stdin, on_output=self.output.write, terminal=terminal
+                )
+        except (AgentError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and self.output.closed:
+                raise
+            log.debug(f"{self.spec.name}: the container's streams broke: {error}")  # the loop knows why the VM ended
+        finally:
+            self._streams_ended = True
+            self._wake()
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Hand a request (``stop``, ``kill``) to the loop, from any thread or signal handler."""
+        self._asks.append(request)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # the loop has ended
+            os.eventfd_write(self._asked, 1)
+
+    # The life
+
+    def run(self) -> int:
+        """Run the VM to its end and return the container's exit code.
+
+        Raises:
+            FcvmError: it could not be started, or the guest, Firecracker or the network died.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    self._acquire(stack)
+                    self._loop()
+                except FcvmError as error:
+                    self._answer_waiting(rpc.failure(error))
+                    raise
+                finally:
+                    self._attachable.set()
+            assert self._exit is not None
+            return self._result(self._exit)
+        finally:
+            self._answer_waiting({"ok": True})
+            self._selector.close()
+            asked, self._asked = self._asked, -1
+            os.close(asked)
+
+    def _acquire(self, stack: contextlib.ExitStack) -> None:
+        spec = self.spec
+        record = state.Record(
+            id=self.id,
+            name=spec.name,
+            pid=os.getpid(),
+            status="starting",
+            health="starting",
+            image=spec.image.reference,
+            created_at=time.time(),
+            cpu=spec.cpu,
+            memory_mib=spec.memory,
+            labels=spec.labels,
+            keep=False,
+            snapshot=self._start.snapshot,
+        )
+        self.entry = stack.enter_context(contextlib.closing(state.register(self.layout, record)))
+        self.directory.mkdir(mode=0o700)
+        stack.callback(self._leave)
+        self.network = stack.enter_context(self._start.network(self))
+        self.entry.update(network=self.network.describe())
+        self.timings.mark("network")
+        self._start.disks(self)
+        self.timings.mark("disks")
+        self.output = stack.enter_context(
+            contextlib.closing(
+                output.Output(
+                    self.directory / output.LOG,
+                    self.config.log_size << 20,
+                    show=not spec.detach,
+                    prefix=bool(spec.log_prefix) and not spec.tty,
+                )
+            )
+        )
+        self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
+        self.firecracker: Firecracker = stack.enter_context(self._start.firecracker(self))
+        self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
+        self._start.go(self)
+        self._deadline = time.monotonic() + BOOT_TIMEOUT
+
+    def _leave(self) -> None:
+        """The end of the VM's directory; of a kept VM only the logs stay."""
+        if self.spec.remove or self._exit is None:
+            remove(self.directory)
+            return
+        (self.directory / output.CLOSED).touch()
+        logs = (output.LOG, f"{output.LOG}.1", output.CLOSED, "console.log", "console.log.1")
+        for path in self.directory.iterdir():
+            if path.name not in logs:
+                remove(path)
+        self.entry.update(status="exited", health="stopped", exit_code=self._exit["code"], keep=True)
+
+    # The loop
+
+    def _loop(self) -> None:
+        watch = self._selector.register
+        watch(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
+        watch(self.control, selectors.EVENT_READ, self._on_control)
+        watch(self._requests, selectors.EVENT_READ, self._on_request)
+        watch(self._asked, selectors.EVENT_READ, self._on_ask)
+        for fd in self.network.watch:
+            watch(fd, selectors.EVENT_READ, self._on_network_end)
+        while not self._over():
+            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            ready = self._selector.select(timeout)
+            if not ready and self._deadline is not None and time.monotonic() >= self._deadline:
+                self._on_deadline()
+            for key, _ in ready:
+                key.data()
+
+    def _over(self) -> bool:
+        """The container has ended and all of its output has been passed on."""
+        return self._exit is not None and (self._phase != "running" or self._streams_ended)
+
+    def _on_deadline(self) -> None:
+        self._deadline = None
+        if self._exit is not None:  # stopped, but somebody does not read our output
+            self._streams_ended = True
+            return
+        if self._phase == "starting":
+            raise GuestError(
+                f"The guest did not start within {BOOT_TIMEOUT:g} seconds.{self.firecracker.console.quote()}",
+                hint="fcvm doctor",
+            )
+        self._kill()
+
+    def _on_firecracker_end(self) -> None:
+        self._selector.unregister(self.firecracker.pidfd)
+        if self._exit is not None or self._killing:
+            self._exit = self._exit or {"code": KILLED}
+            return
+        self.firecracker.process.wait()
+        self.firecracker.console.join()
+        raise _post_mortem(self.firecracker, self.spec)
+
+    def _on_network_end(self) -> None:
+        raise NetworkError("The VM's network ended: its slirp4netns died.", hint="fcvm podman run again")
+
+    def _on_control(self) -> None:
+        for message in self.control.receive():
+            handler = getattr(self, f"_on_{message.get('type')}_message", None)
+            if handler is None:
+                log.debug(f"{self.spec.name}: the agent sent {message.get('type')!r}, which is not known")
+            else:
+                handler(message)
+
+    def _on_hello_message(self, message: dict[str, Any]) -> None:
+        known = message.get("state", {})
+        if self._phase == "starting" and known.get("phase") == "waiting":
+            self.timings.mark("kernel and agent")
+            self._phase = "planned"
+            self._deadline = None
+            self.control.send(make_plan(self))
+        if known.get("health"):
+            self._on_health_message({"status": known["health"]})
+        if known.get("exit") and self._exit is None:
+            self._on_exit_message(known["exit"])
+
+    def _on_stage_message(self, message: dict[str, Any]) -> None:
+        self.timings.guest(str(message.get("name")), float(message.get("uptime", 0)))
+
+    def _on_started_message(self, message: dict[str, Any]) -> None:
+        if self._phase != "planned":
+            return
+        self.timings.mark("podman")
+        self._phase = "running"
+        self.entry.update(status="running")
+        self._attachable.set()
+        self._on_started()
+
+    def _on_health_message(self, message: dict[str, Any]) -> None:
+        self.entry.update(health=str(message.get("status")))
+
+    def _on_exit_message(self, message: dict[str, Any]) -> None:
+        self._exit = message
+        self.entry.update(status="stopping", health="stopped")
+
+    def _on_error_message(self, message: dict[str, Any]) -> None:
+        raise AgentError(f"The guest agent failed: {message.get('message')}")
+
+    # Requests
+
+    def _on_ask(self) -> None:
+        os.eventfd_read(self._asked)
+        while self._asks:
+            self._carry_out(self._asks.pop(0))
+
+    def _on_request(self) -> None:
+        connection, _ = self._requests.accept()
+        connection.settimeout(5.0)
+        try:
+            request = json.loads(rpc.read_line(connection) or b"{}")
+            if request.get("op") in ("stop", "kill"):
+                self._waiting.append(connection)
+                self._carry_out(request)
+            else:
+                rpc.answer(connection, operations.perform(self, request))
+        except FcvmError as error:
+            rpc.answer(connection, rpc.failure(error))
+        except (OSError, ValueError) as error:
+            rpc.answer(connection, {"error": f"The request is malformed: {error}."})
+
+    def _answer_waiting(self, reply: dict[str, Any]) -> None:
+        for connection in self._waiting:
+            rpc.answer(connection, reply)
+        self._waiting.clear()
+
+    def _carry_out(self, request: dict[str, Any]) -> None:
+        if request["op"] == "kill" or self._phase == "starting":
+            self._kill()
+            return
+        timeout = request.get("timeout")
+        timeout = self.spec.stop_timeout if timeout is None else timeout
+        self.entry.update(status="stopping")
+        self.control.send({"type": "stop", "timeout": timeout})
+        self._deadline = time.monotonic() + timeout + STOP_MARGIN
+
+    def _kill(self) -> None:
+        """End the VM without asking the guest."""
+        self._killing = True
+        self.firecracker.process.kill()
+
+    def _result(self, exit: dict[str, Any]) -> int:
+        code = int(exit.get("code", 125))
+        if exit.get("message"):
+            if code in (125, 126, 127) and self._phase == "planned":
+                raise ContainerError(str(exit["message"]), exit_code=code, hint=exit.get("hint"))
+            log.warning(str(exit["message"]))
+        return code
+
+
+def _post_mortem(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
+    """Why a VM died by itself, told from its console: panic=-1 makes Firecracker exit with 0 after a kernel panic."""
+    console = firecracker.console
+    text = "\n".join(console.lines(200))
+    if "Out of memory" in text or "out of memory" in text or "oom-kill" in text:
+        return GuestError(f"The guest ran out of memory ({spec.memory} MiB).{console.quote()}", hint=f"--mem {spec.memory * 2}")
+    if "Kernel panic" in text:
+        reason = text.split("Kernel panic", 1)[1].splitlines()[0].removeprefix(" - ").strip()
+        return GuestError(f"The guest's kernel panicked: {reason}.{console.quote()}")
+    code = firecracker.process.returncode
+    how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+    return GuestError(f"Firecracker {how} while the container was running.{console.quote()}")

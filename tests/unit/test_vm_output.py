@@ -1,0 +1,94 @@
+"""The container's output: log, prefixes, following."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from fcvm.vm.output import CLOSED, LOG, Output, follow_log, read_log
+
+
+def streams(records) -> tuple[bytes, bytes]:
+    out, err = b"", b""
+    for _, stream, data in records:
+        if stream == "stdout":
+            out += data
+        else:
+            err += data
+    return out, err
+
+
+def test_the_log_is_exact_and_keeps_streams_apart(tmp_path: Path) -> None:
+    output = Output(tmp_path / LOG, 1 << 20, show=False, prefix=False)
+    blob = bytes(range(256)) * 100
+    output.write("stdout", blob)
+    output.write("stderr", b"no newline")
+    output.write("stdout", b"\n\n")
+    output.close()
+    assert streams(read_log(tmp_path)) == (blob + b"\n\n", b"no newline")
+
+
+def test_the_log_keeps_the_newest_within_its_limit(tmp_path: Path) -> None:
+    output = Output(tmp_path / LOG, 10_000, show=False, prefix=False)
+    for number in range(1000):
+        output.write("stdout", b"%04d" % number + b"x" * 96)
+    output.close()
+    out, _ = streams(read_log(tmp_path))
+    assert out.endswith(b"0999" + b"x" * 96)
+    assert 9_000 <= len(out) <= 20_000
+    assert len(out) % 100 == 0
+
+
+def test_prefixes_begin_every_line_once(tmp_path: Path, capfd) -> None:
+    output = Output(tmp_path / LOG, 1 << 20, show=True, prefix=True)
+    for data in (b"one\ntw", b"o\n", b"\n", b"three"):
+        output.write("stdout", data)
+    output.write("stderr", b"bad\n")
+    output.close()
+    out, err = capfd.readouterr()
+    assert out == "[ctr:out] one\n[ctr:out] two\n[ctr:out] \n[ctr:out] three\n"
+    assert err == "[ctr:err] bad\n"
+
+
+def test_following_ends_with_the_container_and_survives_rotation(tmp_path: Path) -> None:
+    output = Output(tmp_path / LOG, 1 << 20, show=False, prefix=False)
+    output.write("stdout", b"before\n")
+    seen: list[bytes] = []
+    first = threading.Event()
+
+    def follow() -> None:
+        for _, _, data in follow_log(tmp_path):
+            seen.append(data)
+            first.set()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    assert first.wait(60)
+    output.write("stdout", b"after\n")
+    output.write("stdout", b"x" * (1 << 20))  # rotates
+    output.write("stdout", b"end\n")
+    output.close()
+    (tmp_path / CLOSED).touch()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert b"".join(seen) == b"before\nafter\n" + b"x" * (1 << 20) + b"end\n"
+
+
+def test_a_reader_that_goes_away_is_told_of_once_and_the_log_goes_on(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    saved = os.dup(1)
+    output = Output(tmp_path / LOG, 1 << 20, show=True, prefix=False)
+    try:
+        os.dup2(write, 1)
+        os.close(write)
+        os.close(read)
+        with pytest.raises(BrokenPipeError):
+            output.write("stdout", b"lost")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert output.closed
+    output.write("stdout", b" and kept")
+    output.close()
+    assert streams(read_log(tmp_path))[0] == b"lost and kept"

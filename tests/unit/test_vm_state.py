@@ -1,0 +1,105 @@
+"""The record of each VM and the question whether it lives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fcvm.errors import ConflictError, NotFoundError, UsageError
+from fcvm.storage.layout import Layout
+from fcvm.vm import state
+
+
+def record(name: str = "a", **changes: object) -> state.Record:
+    values = {"id": state.new_id(), "name": name, "pid": os.getpid(), "status": "running", "health": "healthy",
+              "image": "i", "created_at": time.time(), "cpu": 1, "memory_mib": 128}  # fmt: skip
+    return state.Record(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+def left(layout: Layout) -> list[str]:
+    return sorted(str(p.relative_to(layout.base)) for p in layout.base.rglob("*") if p.is_file() and p.name != ".register.lock")
+
+
+def test_names_are_unique_until_the_vm_ends(layout: Layout) -> None:
+    entry = state.register(layout, record("web"))
+    with pytest.raises(ConflictError, match="web"):
+        state.register(layout, record("web"))
+    entry.close()
+    state.register(layout, record("web")).close()
+    assert left(layout) == []
+
+
+def test_find_by_name_id_beginning_and_pid(layout: Layout) -> None:
+    entry = state.register(layout, record("web"))
+    vm_id = entry.record.id
+    for found in (state.find(layout, name="web"), state.find(layout, name=vm_id), state.find(layout, name=vm_id[:5]),
+                  state.find(layout, pid=os.getpid())):  # fmt: skip
+        assert found.id == vm_id
+    with pytest.raises(NotFoundError, match="other"):
+        state.find(layout, name="other")
+    entry.close()
+
+
+def test_a_kept_vm_stays_and_is_not_alive(layout: Layout) -> None:
+    entry = state.register(layout, record("web", keep=True))
+    entry.update(status="exited", exit_code=3)
+    entry.close()
+    assert state.sweep(layout) == []
+    assert state.find(layout, name="web", alive=False).exit_code == 3
+    with pytest.raises(NotFoundError, match="not running"):
+        state.find(layout, name="web")
+    with pytest.raises(ConflictError, match="kept"):
+        state.register(layout, record("web"))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {src!r})
+from fcvm.storage.layout import Layout
+from fcvm.vm import state
+layout = Layout(Path({base!r}))
+state.register(layout, state.Record(id="0123456789ab", name="crash", pid=1, status="running", health="healthy", image="i",
+               created_at=0.0, cpu=1, memory_mib=128))
+(layout.vms / "0123456789ab").mkdir()
+(layout.vms / "0123456789ab" / "scratch.img").write_text("x")
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_supervisor_is_seen_at_once_and_swept(layout: Layout) -> None:
+    src = str(Path(__file__).parents[2] / "src")
+    code = HOLDER.format(src=src, base=str(layout.base))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert state.is_alive(layout, "0123456789ab")
+        assert state.sweep(layout) == []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not state.is_alive(layout, "0123456789ab")
+    assert state.sweep(layout) == ["crash"]
+    assert left(layout) == []
+    assert list(layout.vms.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "x" * 64, "ä", ".."])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(UsageError):
+        state.check_name(name)
+
+
+def test_a_record_of_another_schema_or_torn_is_ignored(layout: Layout) -> None:
+    (layout.state / "x.json").write_text('{"schema": 99}')
+    (layout.state / "y.json").write_text("{")
+    assert list(state.records(layout)) == []
