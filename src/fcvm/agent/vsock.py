@@ -1,0 +1,64 @@
+"""Connections into a guest over Firecracker's vsock device (its docs/vsock.md, "Host-Initiated Connections").
+
+The device is a Unix socket on the host. A connection to a guest's port starts with the line ``CONNECT <port>``, answered by
+``OK <host port>``; where nobody listens in the guest, Firecracker just closes it.
+"""
+
+import os
+import socket
+import time
+
+from fcvm.errors import AgentError
+
+MAX_SUN_PATH = 107  # <linux/un.h>, less the final NUL
+
+
+def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> socket.socket:
+    """A blocking stream socket to ``port`` in the guest whose vsock device is ``uds``.
+
+    Arguments:
+        timeout: seconds; a guest whose kernel has no driver yet (or that is paused) never answers.
+
+    Raises:
+        AgentError: nobody listens there, or no answer came in time.
+        FileNotFoundError, ConnectionRefusedError: Firecracker is gone.
+    """
+    end = time.monotonic() + timeout
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout)
+        connect_path(connection, uds)
+        connection.sendall(b"CONNECT %d\n" % port)
+        answer = b""
+        while not answer.endswith(b"\n"):  # byte by byte: what follows belongs to the caller
+            connection.settimeout(max(0.001, end - time.monotonic()))
+            byte = connection.recv(1)
+            if not byte or len(answer) > 32:
+                raise AgentError(f"Nobody listens on port {port} in the guest.")
+            answer += byte
+        if not answer.startswith(b"OK "):
+            raise AgentError(f"The VM's vsock device answered {answer!r} to CONNECT {port}.")
+        connection.settimeout(None)
+        return connection
+    except TimeoutError as error:
+        connection.close()
+        raise AgentError(f"The guest did not answer on port {port} within {timeout:g} seconds.") from error
+    except (ConnectionResetError, BrokenPipeError) as error:
+        connection.close()
+        raise AgentError(f"The VM closed the connection to port {port} in the guest.") from error
+    except BaseException:
+        connection.close()
+        raise
+
+
+def connect_path(connection: socket.socket, path: str | os.PathLike[str]) -> None:
+    """Connect to a Unix socket, however long its path is."""
+    if len(os.fsencode(path)) <= MAX_SUN_PATH:
+        connection.connect(os.fspath(path))
+        return
+    parent, name = os.path.split(os.fspath(path))
+    directory = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(f"/proc/self/fd/{directory}/{name}")
+    finally:
+        os.close(directory)
