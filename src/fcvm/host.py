@@ -1,0 +1,179 @@
+"""What this host can do: KVM, emulation, the speed of its clock. Cheap enough to ask at every command.
+
+A ``/dev/kvm`` that opens is not enough. Some hosts are virtual machines with a *software* KVM (PVM): it works without
+``vmx`` or ``svm``, but can only run kernels made for it. So on x86-64 the CPU must have the extension as well.
+"""
+
+import errno
+import fcntl
+import functools
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fcvm.config import Config
+from fcvm.errors import UsageError
+
+KVM_DEVICE = Path("/dev/kvm")
+
+# <linux/kvm.h>
+KVM_GET_API_VERSION = 0xAE00
+KVM_CREATE_VM = 0xAE01
+KVM_API_VERSION = 12  # the only one since Linux 2.6.22
+
+
+@dataclass(frozen=True, slots=True)
+class Kvm:
+    """Whether Firecracker can run guests here; if not, ``reason`` says why in one sentence, ``hint`` what helps."""
+
+    usable: bool
+    reason: str
+    hint: str | None = None
+
+
+@functools.cache
+def kvm() -> Kvm:
+    """The state of KVM for this user on this host, looked at once."""
+    return examine_kvm(cpu_flags(), KVM_DEVICE, loaded_modules())
+
+
+def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], machine: str | None = None) -> Kvm:
+    """The state of KVM on a host with these CPU flags, KVM device and kernel modules.
+
+    Arguments:
+        machine: its architecture as uname(2) says it; None for this host's.
+    """
+    machine = machine or os.uname().machine
+    extension = "vmx" if "vmx" in flags else "svm" if "svm" in flags else None
+    if machine == "x86_64" and extension is None:
+        if device.exists():
+            return Kvm(
+                False,
+                f"{device} exists, but the CPU has neither vmx nor svm: it is a software KVM, which cannot run ordinary "
+                "kernels.",
+                NO_EXTENSION_HINT,
+            )
+        return Kvm(False, "The CPU has neither vmx nor svm, so there is no KVM.", NO_EXTENSION_HINT)
+    if machine == "x86_64" and "kvm_pvm" in modules:
+        return Kvm(False, "The kernel uses a software KVM (kvm_pvm) instead of the CPU's extension.", "rmmod kvm_pvm")
+    module = {"vmx": "kvm_intel", "svm": "kvm_amd"}.get(extension or "", "kvm")
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Kvm(False, f"{device} does not exist: the kernel's KVM is not loaded.", f"sudo modprobe {module}")
+    except PermissionError:
+        return Kvm(
+            False, f"You may not open {device}.", "sudo usermod -aG kvm $USER, then log in again (or run as root)"
+        )
+    except OSError as error:
+        return Kvm(False, f"{device} cannot be opened: {error.strerror}.", f"sudo modprobe {module}")
+    try:
+        version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
+        if version != KVM_API_VERSION:
+            return Kvm(False, f"{device} speaks version {version} of KVM's interface instead of {KVM_API_VERSION}.")
+        os.close(fcntl.ioctl(fd, KVM_CREATE_VM, 0))
+    except OSError as error:
+        what = "is not a KVM device" if error.errno == errno.ENOTTY else f"cannot make a VM: {error.strerror}"
+        return Kvm(False, f"{device} {what}.", "dmesg | grep -i kvm")
+    finally:
+        os.close(fd)
+    return Kvm(True, f"{device} works ({extension or machine}).")
+
+
+NO_EXTENSION_HINT = (
+    "turn on virtualization in the firmware or, on a virtual machine, nested virtualization; until then fcvm runs its VMs in "
+    "an emulated host: fcvm machine start"
+)
+
+
+def uses_machine(config: Config) -> bool:
+    """Whether VM commands are to be forwarded to the machine.
+
+    Raises:
+        UsageError: the setting ``machine`` has an unknown value.
+    """
+    if config.machine not in ("auto", "always", "never"):
+        raise UsageError(f"The setting machine is {config.machine!r} instead of auto, always or never.")
+    return config.machine == "always" or (config.machine == "auto" and not kvm().usable)
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The CPU's feature flags, as the kernel names them (``Features`` on arm64)."""
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(cpuinfo), re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def loaded_modules(path: Path = Path("/proc/modules")) -> frozenset[str]:
+    """The names of the kernel's loaded modules."""
+    return frozenset(line.split()[0] for line in _read(path).splitlines() if line)
+
+
+@functools.cache
+def emulated() -> bool:
+    """Whether this CPU is emulated in software: we are in the machine, or in a guest below it.
+
+    Told by the kernel command line (fcvm passes ``tsc_early_khz`` to all kernels that boot under emulation), or by the
+    hypervisor's CPUID signature, which is that of QEMU's emulator.
+    """
+    return "tsc_early_khz=" in _read(Path("/proc/cmdline")) or hypervisor() == "TCGTCGTCGTCG"
+
+
+def hypervisor() -> str:
+    """The hypervisor's CPUID signature, such as ``"KVMKVMKVM"``; empty on bare metal and other CPUs than x86-64."""
+    if "hypervisor" not in cpu_flags() or os.uname().machine != "x86_64":
+        return ""
+    # push rbx; mov eax, 0x40000000; cpuid; mov [rdi], ebx; mov [rdi+4], ecx; mov [rdi+8], edx; pop rbx; ret
+    signature = _call(bytes.fromhex("53 b8 00000040 0fa2 891f 894f04 895708 5b c3"), 12)
+    return signature.rstrip(b"\0").decode(errors="replace")
+
+
+def tsc_khz() -> int:
+    """The frequency of this CPU's time-stamp counter in kHz, for ``tsc_early_khz`` of an emulated guest's kernel.
+
+    Taken from our own command line, where the host above has put it; from the kernel, where the CPU's clock does not
+    change; or measured against the system clock.
+    """
+    told = re.search(r"\btsc_early_khz=(\d+)", _read(Path("/proc/cmdline")))
+    if told:
+        return int(told[1])
+    constant = "constant_tsc" in cpu_flags() and not Path("/sys/devices/system/cpu/cpu0/cpufreq").exists()
+    known = re.search(r"^cpu MHz\s*:\s*(\d+)\.(\d{3})", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    if constant and known:
+        return int(known[1] + known[2])
+    return measure_tsc_khz()
+
+
+def measure_tsc_khz(seconds: float = 0.1) -> int:
+    """The frequency of the time-stamp counter in kHz, counted for this long."""
+    begin, begin_ticks = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), _tsc()
+    time.sleep(seconds)
+    end, end_ticks = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), _tsc()
+    return round((end_ticks - begin_ticks) * 1_000_000 / (end - begin))
+
+
+def _tsc() -> int:
+    # rdtsc; mov [rdi], eax; mov [rdi+4], edx; ret
+    return int.from_bytes(_call(bytes.fromhex("0f31 8907 895704 c3"), 8), "little")
+
+
+def _call(code: bytes, size: int) -> bytes:
+    """Run x86-64 machine code that fills the ``size`` bytes to which its first argument (rdi) points."""
+    import ctypes
+    import mmap
+
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(code)
+        anchor = ctypes.c_char.from_buffer(page)
+        result = ctypes.create_string_buffer(size)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(anchor))(ctypes.addressof(result))
+        del anchor  # the page cannot be closed while something points into it
+        return result.raw
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,210 @@
+"""Builds the guest image and takes its kernel along: one run of mmdebstrap on the host's own Debian mirror.
+
+As root or, with subordinate ids, as an ordinary user. What comes out is named by its content (a snapshot must find
+exactly the image that it was made with), and ``guest/<key>.json`` says which one belongs to the recipe's key:
+
+    guest/<key>.json                                     Image, as JSON
+    guest/<id>/root.img                                  erofs, uncompressed: shared pages, no time lost unpacking
+    guest/<id>/tools/                                    programs for the host; ``tool`` says how to run them
+    guest/<id>/packages                                  what is in it: names and versions
+    kernels/<id>/vmlinuz, vmlinux, config, modules/VERSION/
+"""
+
+import json
+import os
+import subprocess
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fcvm.config import Config
+from fcvm.errors import HostError, SetupError
+from fcvm.process import failure, find, run, spawn
+from fcvm.setup import bzimage, keys, recipe, sources, workspace
+from fcvm.setup.progress import Progress, Step
+from fcvm.storage.layout import Layout
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+SPACE = 2 << 30  # bytes that a build takes at its peak, roughly
+NETWORK_WORDS = ("resolve", "connect", "Failed to fetch", "timed out", "Network is unreachable", "404", "403", "502")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A guest image and its kernel: ``id`` under ``guest/``, ``kernel`` under ``kernels/``, keys by content."""
+
+    id: str
+    kernel: str
+    kernel_version: str
+    busybox: str
+    suite: str
+
+
+def architecture() -> str:
+    """Debian's name of this host's architecture.
+
+    Raises:
+        HostError: Firecracker does not run on it.
+    """
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES:
+        raise HostError(f"Firecracker runs on x86_64 and aarch64, not on {machine}.")
+    return ARCHITECTURES[machine]
+
+
+def key(config: Config) -> str:
+    """The key of what the image is built from."""
+    inputs = [recipe.VERSION, recipe.PACKAGES, recipe.EXCLUDED, recipe.script(architecture()), config.debian_suite]
+    return keys.of([*inputs, architecture()])
+
+
+def lookup(config: Config, base: Path) -> Image | None:
+    """The image built earlier in data directory ``base``; None if it is not there as a whole."""
+    try:
+        image = Image(**json.loads((base / "guest" / f"{key(config)}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    parts = (f"guest/{image.id}/root.img", f"kernels/{image.kernel}/vmlinux", f"kernels/{image.kernel}/vmlinuz")
+    return image if all((base / part).exists() for part in parts) else None
+
+
+def tool(image_directory: Path, name: str) -> list[str]:
+    """The start of a command line that runs program ``name`` of the image on the host, with the image's libraries."""
+    tools = image_directory / "tools"
+    return [str(tools / "ld.so"), "--library-path", str(tools), str(tools / name)]
+
+
+def build(config: Config, layout: Layout, progress: Progress, *, force: bool = False) -> Image:
+    """The image for these settings, built unless it is there; ``force`` builds it again with today's packages.
+
+    Raises:
+        SetupError: packages cannot be fetched or installed; the message has mmdebstrap's own last error.
+        HostError: mmdebstrap is not installed, or there is too little space.
+    """
+    name = key(config)
+    with progress.step("Guest image and kernel") as step, workspace.building(layout, f"guest-{name}", step) as work:
+        image = None if force else lookup(config, layout.base)
+        if image is None:
+            workspace.require_space(layout.base, SPACE)
+            debootstrap(config, work, step)
+            image = assemble(config, layout, work, step)
+            pointer = work / "pointer.json"
+            pointer.write_text(json.dumps(asdict(image), indent=2) + "\n")
+            workspace.replace(pointer, layout.guest / f"{name}.json")
+    return image
+
+
+def debootstrap(config: Config, work: Path, step: Step) -> None:
+    """Run mmdebstrap: leaves ``root.tar`` and ``recipe.OUTPUTS`` in ``work``."""
+    log = work / "mmdebstrap.log"
+    with workspace.scratch(work) as temporary:
+        command = mmdebstrap(config, work)
+        step.note("starting mmdebstrap")
+        process = spawn(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"TMPDIR": str(temporary)})
+        assert process.stderr is not None
+        try:
+            with process.stderr, log.open("wb") as copy:
+                for line in process.stderr:
+                    copy.write(line)
+                    if line.startswith(b"I: "):
+                        step.note(line[3:].decode(errors="replace").strip().rstrip("."))
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if code != 0:
+        raise explain(command, code, log.read_bytes(), config)
+
+
+def mmdebstrap(config: Config, work: Path) -> list[str]:
+    """The command line of mmdebstrap."""
+    options = [
+        "--variant=minbase",
+        f"--include={','.join(recipe.PACKAGES)}",
+        '--aptopt=APT::Install-Recommends "false"',
+        '--aptopt=Acquire::Languages "none"',
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in recipe.EXCLUDED),
+        f"--customize-hook={recipe.script(architecture())}",
+        *(f"--customize-hook=download /tmp/fcvm/{name} {work / name}" for name in recipe.OUTPUTS),
+        '--customize-hook=rm -r "$1/tmp/fcvm"',
+        "--format=tar",
+    ]
+    if KEYRING.exists():
+        options.append(f"--keyring={KEYRING}")
+    if os.geteuid() == 0:
+        # A PID namespace of its own: when we are killed, everything in it dies with its first process, and no mount
+        # is left over. An ordinary user's mmdebstrap makes such namespaces itself.
+        prefix = [find("unshare", package="util-linux"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        options.append("--mode=root")
+    else:
+        prefix = []
+        options.append("--mode=unshare")
+    return [*prefix, find("mmdebstrap"), *options, config.debian_suite, str(work / "root.tar"), *archive(config)]
+
+
+def archive(config: Config) -> list[str]:
+    """The ``deb`` lines to use: the setting's mirror, or the host's own; none leaves the choice to mmdebstrap."""
+    found = sources.mirrors(sources.read())
+    if config.debian_mirror:
+        found = sources.Mirrors(config.debian_mirror, found.security if found else None)
+    return sources.lines(found, config.debian_suite) if found else []
+
+
+def explain(command: list[str], code: int, output: bytes, config: Config) -> SetupError:
+    """The error for a failed mmdebstrap."""
+    lines = output.decode(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith(("E: ", "Err:"))] or lines[-1:]
+    first = errors[0].strip() if errors else str(failure(command, code, output))
+    if any(word in line for line in errors for word in NETWORK_WORDS):
+        where = config.debian_mirror or "the Debian mirror of this host's apt"
+        return SetupError(
+            f"The guest image's packages ({config.debian_suite}) cannot be fetched from {where}: {first}",
+            hint="set FCVM_DEBIAN_MIRROR to a mirror that this host reaches, or copy the data directory of a host where "
+            "`fcvm setup` has run and give it with `fcvm setup --from DIRECTORY`",
+        )
+    return SetupError(
+        f"The guest image cannot be built; mmdebstrap failed: {first}",
+        hint="FCVM_LOG=debug fcvm setup shows all that mmdebstrap says",
+    )
+
+
+def assemble(config: Config, layout: Layout, work: Path, step: Step) -> Image:
+    """Turn mmdebstrap's output into the image and the kernel, and publish both."""
+    step.note("packing the root file system")
+    image, kernel = work / "image", work / "kernel"
+    image.mkdir()
+    kernel.mkdir()
+    unpack(work / "tools.tar", image / "tools")
+    os.replace(work / "packages", image / "packages")
+    # The image's own mkfs.erofs: older ones cannot read a tar archive, which is how ownership survives without root.
+    root = image / "root.img"
+    run([*tool(image, "mkfs.erofs"), "--quiet", "--tar=f", root, work / "root.tar"])
+    (work / "root.tar").unlink()
+    step.note("unpacking the kernel")
+    unpack(work / "modules.tar", kernel / "modules")
+    (version,) = os.listdir(kernel / "modules")
+    os.replace(work / "config", kernel / "config")
+    os.replace(work / "vmlinuz", kernel / "vmlinuz")
+    vmlinuz = (kernel / "vmlinuz").read_bytes()
+    (kernel / "vmlinux").write_bytes(bzimage.extract(vmlinuz) if architecture() == "amd64" else vmlinuz)
+    step.update(root.stat().st_size, root.stat().st_size)
+    names = Image(
+        id=keys.of_file(root),
+        kernel=keys.of_file(kernel / "vmlinuz"),
+        kernel_version=version,
+        busybox=keys.of_file(image / "tools/busybox"),
+        suite=config.debian_suite,
+    )
+    workspace.publish(kernel, layout.kernels / names.kernel)
+    workspace.publish(image, layout.guest / names.id)
+    return names
+
+
+def unpack(archive: Path, destination: Path) -> None:
+    """Unpack a tar archive of ours and remove it."""
+    destination.mkdir()
+    with tarfile.open(archive) as tar:
+        tar.extractall(destination, filter="tar")
+    archive.unlink()

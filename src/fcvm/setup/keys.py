@@ -1,0 +1,35 @@
+"""Names for what setup builds: short hashes of what it was built from, and of what came out."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LENGTH = 16  # hexadecimal digits: 64 bits, plenty for a handful of files of one's own making
+
+
+def of(value: Any) -> str:
+    """The key of anything that JSON can hold; the order of a mapping's members does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:LENGTH]
+
+
+def of_file(path: Path) -> str:
+    """The key of a file's content."""
+    return sha256(path)[:LENGTH]
+
+
+def sha256(path: Path) -> str:
+    """The whole SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_sources(directories: Iterable[Path]) -> str:
+    """The key of all Python sources under the directories: their names relative to each, and their content."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.rglob("*.py")):
+            digest.update(f"{directory.name}/{path.relative_to(directory)}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:LENGTH]

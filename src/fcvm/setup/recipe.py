@@ -1,0 +1,139 @@
+"""What the guest image is made of: Debian packages, a few configuration files, and the script that finishes it.
+
+The same root file system is the guest of every microVM and the machine (docs/architecture.md), so it also holds what
+is needed to run microVMs. Everything here goes into the image's key: change it, and setup builds another image.
+"""
+
+import shlex
+
+VERSION = 1  # raise it when the same inputs shall give another image
+
+PACKAGES = (
+    "aardvark-dns",
+    "btrfs-progs",
+    "busybox-static",
+    "ca-certificates",
+    "conmon",
+    "crun",
+    "e2fsprogs",
+    "erofs-utils",
+    "fuse3",
+    "iproute2",
+    "kmod",
+    "libnftables1",
+    "netavark",
+    "nftables",
+    "openssh-server",
+    "podman",
+    "procps",
+    "python3",
+    "skopeo",
+    "slirp4netns",
+    "uidmap",
+    "virtiofsd",
+    "zstd",
+)
+
+# Never unpacked: nobody reads documentation in a guest.
+EXCLUDED = tuple(
+    f"/usr/share/{name}/*"
+    for name in ("bash-completion", "bug", "doc", "doc-base", "fish", "info", "lintian", "locale", "man", "zsh")
+)
+
+# Where things are mounted; a read-only image cannot get them later.
+DIRECTORIES = ("scratch", "images", "host", "var/lib/containers")
+
+FILES = {
+    "etc/hostname": "fcvm\n",
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
+    "etc/resolv.conf": "",
+    "etc/machine-id": "",
+    # No systemd: Podman manages cgroups itself and logs to files.
+    "etc/containers/containers.conf": """\
+[containers]
+log_driver = "k8s-file"
+
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "crun"
+
+[network]
+network_backend = "netavark"
+""",
+    # The image disk is an additional, read-only store.
+    "etc/containers/storage.conf": """\
+[storage]
+driver = "overlay"
+graphroot = "/var/lib/containers/storage"
+runroot = "/run/containers/storage"
+
+[storage.options]
+additionalimagestores = ["/images"]
+""",
+    # The host decides which images a guest gets; it has verified them.
+    "etc/containers/policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}\n',
+}
+
+# Programs that the host takes out of the image, with their libraries and loader, for hosts that do not package them.
+TOOLS = {"mkfs.erofs": "/usr/bin/mkfs.erofs", "virtiofsd": "/usr/libexec/virtiofsd"}
+
+KERNEL_PACKAGE = "linux-image-cloud-{arch}"
+
+# Run by mmdebstrap outside of the chroot, which is $1, with apt's configuration for it. Leaves in $1/tmp/fcvm: the
+# kernel (vmlinuz, config, modules.tar), tools.tar and the list of packages. The kernel package is unpacked and not
+# installed, as its scripts would want to build an initramfs.
+SCRIPT = """\
+set -eu
+root=$1
+out=$root/tmp/fcvm
+mkdir -p "$out/kernel" "$out/tools"
+cd "$out"
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+
+package=$(apt-cache depends {kernel_package} | sed -n 's/^ *Depends: \\(linux-image-[0-9][^ ]*\\)$/\\1/p' | head -n 1)
+[ -n "$package" ] || {{ echo "E: {kernel_package} depends on no kernel" >&2; exit 1; }}
+apt-get -q -o APT::Sandbox::User=root download "$package"
+dpkg-deb -x "$package"_*.deb kernel
+rm "$package"_*.deb
+[ -d kernel/usr/lib/modules ] || {{ mkdir -p kernel/usr/lib; mv kernel/lib/modules kernel/usr/lib/; }}
+version=$(ls kernel/usr/lib/modules)
+mkdir -p "$root/usr/lib/modules"
+mv "kernel/usr/lib/modules/$version" "$root/usr/lib/modules/"
+chroot "$root" depmod "$version"
+mv "kernel/boot/vmlinuz-$version" vmlinuz
+mv "kernel/boot/config-$version" config
+rm -r kernel
+tar -C "$root/usr/lib/modules" -cf modules.tar "$version"
+
+for tool in {tools}; do
+    cp -L "$root$tool" tools/
+    for library in $(chroot "$root" ldd "$tool" | sed -n 's/.*[[:space:]]\\(\\/[^ ]*\\) (0x.*/\\1/p'); do
+        cp -L "$root$library" tools/
+    done
+done
+cp -L "$root/bin/busybox" tools/
+mv tools/ld-linux-*.so.* tools/ld.so
+tar -C tools -cf tools.tar .
+rm -r tools
+chroot "$root" dpkg-query -W -f '${{Package}} ${{Version}}\\n' >packages
+
+cd "$root"
+mkdir -p {directories}
+{files}
+rm -rf etc/ssh/ssh_host_* var/cache/debconf/*-old var/cache/ldconfig var/log/*.log var/log/apt etc/apt/apt.conf.d/99mmdebstrap
+"""
+
+# What the host fetches from $1/tmp/fcvm afterwards.
+OUTPUTS = ("vmlinuz", "config", "modules.tar", "tools.tar", "packages")
+
+
+def script(arch: str) -> str:
+    """The script for Debian architecture ``arch``."""
+    files = [f"printf %s {shlex.quote(text)} >{shlex.quote(name)}" for name, text in FILES.items()]
+    return SCRIPT.format(
+        kernel_package=KERNEL_PACKAGE.format(arch=arch),
+        tools=" ".join(TOOLS.values()),
+        directories=" ".join(DIRECTORIES),
+        files="\n".join(["mkdir -p etc/containers", *files]),
+    )

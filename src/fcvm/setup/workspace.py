@@ -1,0 +1,115 @@
+"""A private place to build in, from which finished things are moved into the data directory in one step.
+
+It lies in ``cache/``, on the same file system. A lock makes two builders of the same thing wait for each other; whatever
+a killed one has left is removed by the next.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fcvm.errors import HostError
+from fcvm.process import run
+from fcvm.setup.progress import Step, size
+from fcvm.storage.layout import Layout, remove
+
+
+@contextmanager
+def building(layout: Layout, name: str, step: Step) -> Iterator[Path]:
+    """An empty directory to build ``name`` in; ours alone until the block ends, when it is removed.
+
+    The caller should look again whether another process has built the thing while we waited.
+    """
+    work = layout.cache / f"build-{name}"
+    with waiting(work.with_suffix(".lock"), step):
+        clear(work)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            clear(work)
+
+
+@contextmanager
+def waiting(path: Path, step: Step) -> Iterator[None]:
+    """Hold an flock on ``path``; says so when it has to wait for another process."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            step.note("waiting for another fcvm")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def scratch(work: Path) -> Iterator[Path]:
+    """A directory for mmdebstrap's chroot: in ``work`` for root, else in /var/tmp, where subordinate ids may enter."""
+    if os.geteuid() == 0:
+        path = work / "chroot"
+    else:
+        path = Path(f"/var/tmp/fcvm-{os.getuid()}-{work.name}")
+        _clear_subordinate(path)
+    path.mkdir(mode=0o755)
+    try:
+        yield path
+    finally:
+        if os.geteuid() == 0:
+            clear(path)
+        else:
+            _clear_subordinate(path)
+
+
+def _clear_subordinate(path: Path) -> None:
+    """Remove a directory that may hold files of our subordinate ids, which only our user namespace can remove."""
+    if path.exists():
+        run(["mmdebstrap", "--unshare-helper", "rm", "-rf", *path.iterdir()], check=False)
+        remove(path)
+
+
+def clear(path: Path) -> None:
+    """Remove a work directory, but nothing that is mounted below it."""
+    if any(Path(line.split()[4]).is_relative_to(path) for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+        raise HostError(f"Something is mounted below {path}.", hint=f"findmnt | grep {path}; umount it and try again")
+    remove(path)
+
+
+def publish(built: Path, destination: Path) -> None:
+    """Move a finished directory to its place, named by its content: if it is there already, that one stays."""
+    for path in built.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1 << 20:  # a crash of the host must not leave a name without content
+            sync(path)
+    if destination.exists():
+        remove(built)
+    else:
+        os.rename(built, destination)
+
+
+def replace(built: Path, destination: Path) -> None:
+    """Move a finished file to its place, over an older one."""
+    sync(built)
+    os.replace(built, destination)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise HostError unless ``needed`` bytes are free for us in ``directory``."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise HostError(
+            f"Too little space in {directory}: {size(free)} free, {size(needed)} needed.",
+            hint=f"free some, or use another data directory: FCVM_BASE_DIR=DIRECTORY; see: df -h {directory}",
+        )
