@@ -98,14 +98,14 @@ def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerS
                     child.kill()
             return
         counted = cast(IO[bytes], io.BufferedReader(_Counted(blob, progress), BUFFER))
-        openers: dict[int, Callable[[IO[bytes]], IO[bytes]]] = {
-            NONE: lambda file: file,
-            BZIP2: lambda file: cast(IO[bytes], bz2.BZ2File(file)),
-            GZIP: lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")),
-            XZ: lambda file: cast(IO[bytes], lzma.LZMAFile(file)),
+        openers: dict[int, Callable[[IO[bytes]], object]] = {
+            BZIP2: bz2.BZ2File,
+            GZIP: lambda file: gzip.GzipFile(fileobj=file),
+            XZ: lzma.LZMAFile,
         }
+        content = cast(IO[bytes], openers[kind](counted) if kind in openers else counted)
         try:
-            yield LayerStream(openers[kind](counted), kind)
+            yield LayerStream(content, kind)
         except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
             if getattr(error, "errno", None) is not None:  # not the blob's fault: no space left, for example
                 raise

@@ -16,7 +16,6 @@ nothing but the image, the same image gives the same bytes, and its key can be t
 import base64
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fcvm.errors import ImageError
-from fcvm.images import compression, layer
+from fcvm.images import compression, layer, store
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
-
-# Count up whenever other bytes are made of the same image: a snapshot of a running VM relies on them.
-FORMAT = 1
 
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -54,8 +50,8 @@ class Manifest:
 
     @property
     def key(self) -> str:
-        """What the image's disk is called; another manifest, or another format of ours, has another."""
-        return hashlib.sha256(f"fcvm image disk {FORMAT} {self.digest}".encode()).hexdigest()[:32]
+        """What the image's disk is called."""
+        return store.key(self.digest)
 
     @property
     def size(self) -> int:

@@ -136,8 +136,9 @@ class Writer:
             self._write_inode(directory, len(content), start, inline, content[split:])
         size = self._next_block * BLOCK
         os.ftruncate(self._fd, size)
-        fields = (MAGIC, 0, 0, BLOCK.bit_length() - 1, 0, ROOT_INODE // SLOT, self._inodes, time, 0, self._next_block, 0, 0)
-        self._write(SUPERBLOCK, SUPER.pack(*fields, uuid, b"", 0))
+        head = SUPER.pack(MAGIC, 0, 0, BLOCK.bit_length() - 1, 0, ROOT_INODE // SLOT, self._inodes, time, 0,
+                          self._next_block, 0, 0, uuid, b"", 0)  # fmt: skip
+        self._write(SUPERBLOCK, head)
         return size
 
     def _place(self, node: Node, size: int, *, root: bool = False) -> tuple[bool, int]:
@@ -149,7 +150,7 @@ class Writer:
             node.offset, inline = ROOT_INODE, False
         else:
             room = -self._cursor % BLOCK
-            inline = 0 < tail and head + tail <= room
+            inline = tail > 0 and head + tail <= room
             if not inline:
                 inline = 0 < tail <= LONGEST_TAIL_IN_NEW_BLOCK and head + tail <= BLOCK
                 if inline or head > room:

@@ -7,13 +7,14 @@ called NAME and as the attribute ``trusted.overlay.opaque`` of the directory (Do
 A layer is untrusted input: its names only ever become places in a tree in memory, never paths of this host.
 """
 
+import io
 import posixpath
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import IO
+from typing import IO, cast
 
 from fcvm.errors import ImageError
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
@@ -121,7 +122,8 @@ class Layer:
         Overlayfs shows the uppermost directory's owner and mode, so one that this layer does not describe gets those
         that it has in the layers below.
         """
-        directory, path, left, links = self.root, [], list(parts), 0
+        directory, left, links = self.root, list(parts), 0
+        path: list[bytes] = []
         ancestors: list[Directory] = []
         while left:
             part = left.pop(0)
@@ -162,7 +164,7 @@ class Layer:
         return self._directory(parts[:-1]).entries.get(parts[-1]) if parts else None
 
 
-def read(stream: IO[bytes], writer: Writer, below: Sequence[Directory]) -> Directory:
+def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> Directory:
     """The tree of the layer that ``stream`` (an uncompressed tar, read to its end) holds.
 
     Raises:
@@ -170,7 +172,7 @@ def read(stream: IO[bytes], writer: Writer, below: Sequence[Directory]) -> Direc
     """
     layer = Layer(writer, below)
     try:
-        with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
             for member in _members(tar):
                 layer.add(member, tar.extractfile(member) if member.isreg() else None)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -181,7 +183,7 @@ def read(stream: IO[bytes], writer: Writer, below: Sequence[Directory]) -> Direc
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         yield member
-        tar.members = []  # or it would keep every one  # type: ignore[attr-defined]
+        tar.members = []  # type: ignore[attr-defined]  # or it would keep every one
 
 
 def _parts(name: str) -> list[bytes]:

@@ -1,0 +1,120 @@
+"""`fcvm images`: the images that are here."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from fcvm.cli.context import Context
+from fcvm.cli.ls import age, table
+from fcvm.errors import FcvmError
+
+if TYPE_CHECKING:
+    from fcvm.images.store import Image
+
+WHERE = "here"
+
+SCHEMA = 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("ls", help="list the images that are here")
+    listing.add_argument("--json", action="store_true", help="an array of objects; docs/images.md describes the fields")
+    pull = actions.add_parser("pull", help="fetch an image, or whatever is newer than what is here")
+    pull.add_argument("reference", metavar="REFERENCE", help="any image reference; docs/images.md has the kinds")
+    load = actions.add_parser("load", help="load images from a file or directory")
+    load.add_argument("file", metavar="FILE", help="from docker save, podman save or skopeo; an archive, or a directory")
+    load.add_argument("--name", help="what to call it, for example localhost/x (default: the names in the file)")
+    remove = actions.add_parser("rm", help="remove names, and images with their last name")
+    remove.add_argument("names", nargs="+", metavar="NAME", help="a name, or an image's id")
+    prune = actions.add_parser("prune", help="remove the images that have no name and are not in use")
+    prune.add_argument("--all", "-a", action="store_true", help="also those that have a name")
+    prune.add_argument("--json", action="store_true", help="what was removed, as `ls --json` shows it")
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    return {"ls": _ls, "pull": _pull, "load": _load, "rm": _rm, "prune": _prune}[args.action](args, context)
+
+
+def _ls(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.images import store
+
+    found = list(store.images(context.layout))
+    if args.json:
+        print(json.dumps([_public(image, names) for image, names in found], indent=2))
+        return 0
+    rows = [("NAME", "IMAGE ID", "CREATED", "SIZE")]
+    for image, names in found:
+        rows += [(name, image.id[7:19], _age(image.created), _size(image.size_bytes)) for name in names or ["<none>"]]
+    print(table(rows))
+    return 0
+
+
+def _pull(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.images import resolve
+
+    print(resolve.ensure(args.reference, pull="always", layout=context.layout).id[7:])
+    return 0
+
+
+def _load(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.images import load
+
+    for image in load.load(args.file, context.layout, name=args.name):
+        print(image.reference)
+    return 0
+
+
+def _rm(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.images import store
+
+    failed: list[FcvmError] = []
+    for name in dict.fromkeys(args.names):
+        try:
+            removed, last = store.untag(context.layout, name)
+        except FcvmError as error:
+            failed.append(error)
+            continue
+        print(f"{'removed' if last else 'untagged'} {removed}")
+    for error in failed[:-1]:
+        print(f"error: {error.message}", file=sys.stderr)
+    if failed:
+        raise failed[-1]
+    return 0
+
+
+def _prune(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.images import store, work
+
+    work.sweep(context.layout)
+    gone = store.prune(context.layout, everything=args.all)
+    if args.json:
+        print(json.dumps([_public(image, []) for image in gone], indent=2))
+        return 0
+    for image in gone:
+        print(image.id[7:])
+    print(f"{len(gone)} images removed, {_size(sum(image.size_bytes for image in gone))} freed", file=sys.stderr)
+    return 0
+
+
+def _public(image: "Image", names: list[str]) -> dict[str, Any]:
+    values = dataclasses.asdict(image)
+    del values["reference"]
+    return {"schema": SCHEMA, "names": names, **values, "path": str(image.path)}
+
+
+def _age(created: str) -> str:
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(created).astimezone(UTC)).total_seconds()
+    except (ValueError, OverflowError):
+        return "-"
+    return f"{age(seconds)} ago"
+
+
+def _size(count: int) -> str:
+    from fcvm.setup.progress import size
+
+    return size(count)

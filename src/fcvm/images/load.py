@@ -1,0 +1,136 @@
+"""Loads images from files under names of the user's choice: `fcvm images load FILE [--name localhost/x]`."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from fcvm.errors import ImageError, NotFoundError, UsageError
+from fcvm.images import make, reference, store
+from fcvm.images.reference import FILE_TRANSPORTS, LOCALHOST, Reference
+from fcvm.images.store import Image
+from fcvm.storage.layout import Layout
+
+if TYPE_CHECKING:
+    from fcvm.setup.progress import Progress
+
+# Where the OCI layout, containers/image and Docker put an image's name among the annotations of an index.
+NAME_ANNOTATIONS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
+
+
+def load(source: str, layout: Layout, progress: "Progress | None" = None, *, name: str | None = None) -> list[Image]:
+    """Put the image, or images, in a file or directory into the store.
+
+    Arguments:
+        source: a path (its kind is found out), or a reference with transport such as ``docker-archive:PATH:NAME``.
+        name: what to call it; a name without registry is a ``localhost/`` name. Without it, every image is loaded under the
+            names that the file gives it.
+
+    Raises:
+        UsageError: ``name`` is missing though the file has none, or is given though it has several images.
+        NotFoundError, ImageError: the file does not exist; it holds no image, or one that cannot be used.
+    """
+    target = local_name(name) if name is not None else None
+    if source.partition(":")[0] in FILE_TRANSPORTS:
+        wanted = reference.parse(source)
+        found = contents(Path(wanted.path), wanted.transport)
+        if wanted.location != wanted.path:  # one of several was named
+            suffix = wanted.location.removeprefix(wanted.path + ":")
+            found = [(wanted, [suffix] if target is None and not suffix.startswith("@") else [])]
+    else:
+        found = contents(Path(os.path.abspath(source)))
+    if target is not None and len(found) > 1:
+        raise UsageError(f"{source} holds {len(found)} images, so --name is ambiguous.",
+                         hint=f"fcvm images load {found[0][0]} --name {name}")  # fmt: skip
+    images = []
+    for wanted, called in found:
+        targets = [target] if target is not None else [local_name(word) for word in called]
+        if not targets:
+            raise UsageError(f"{wanted} does not say what its image is called.", hint=f"fcvm images load {source} --name localhost/NAME")
+        image = make.image(wanted, layout, progress, name=targets[0])
+        for more in targets[1:]:
+            store.set_name(layout, more, image.key)
+        images.append(image)
+    return images
+
+
+def local_name(text: str) -> str:
+    """The full name for ``text``: what has no registry is ``localhost/``'s, and the tag is ``latest`` by default.
+
+    Raises:
+        UsageError: it is not a name, or has a digest, which cannot be chosen.
+    """
+    named = reference.name(text)
+    if named.digest:
+        raise UsageError(f"An image cannot be called {text}: its digest is what it is.", hint=f"--name {named.repository}")
+    return str(named.at(LOCALHOST) if named.is_short else named)
+
+
+def contents(path: Path, transport: str | None = None) -> list[tuple[Reference, list[str]]]:
+    """The images in a file or directory, each with the names that it gives them."""
+    if not path.exists():
+        raise NotFoundError(f"There is no file {path}.", hint=f"ls -l {path.parent}")
+    transport = transport or _kind(path)
+    if transport == "docker-archive":
+        entries = _document(path, "manifest.json")
+        return [(_at(transport, path, f"@{i}" if len(entries) > 1 else ""), list(e.get("RepoTags") or [])) for i, e in enumerate(entries)]
+    if transport == "dir":
+        return [(_at(transport, path, ""), [])]
+    found = []
+    entries = _document(path, "index.json")["manifests"]
+    for entry in entries:
+        annotations = entry.get("annotations") or {}
+        names = [annotations[key] for key in NAME_ANNOTATIONS if key in annotations]
+        # The reference name is often a tag alone, which is no name.
+        named = [name for name in names if "/" in name or ":" in name]
+        found.append((_at(transport, path, names[-1] if names and len(entries) > 1 else ""), named[:1]))
+    return found
+
+
+def _at(transport: str, path: Path, suffix: str) -> Reference:
+    return Reference(transport, f"{path}:{suffix}" if suffix else str(path), str(path))
+
+
+def _kind(path: Path) -> str:
+    """What kind of image is at ``path``, by the files that every image of a kind has."""
+    if path.is_dir():
+        for marker, kind in (("oci-layout", "oci"), ("manifest.json", "dir")):
+            if (path / marker).is_file():
+                return kind
+    else:
+        members = _members(path)
+        for marker, kind in (("manifest.json", "docker-archive"), ("oci-layout", "oci-archive")):
+            if marker in members:
+                return kind
+    raise _no_image(path)
+
+
+def _members(path: Path) -> set[str]:
+    try:
+        with tarfile.open(path) as tar:
+            return {os.path.normpath(name) for name in tar.getnames()}
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _no_image(path) from error
+
+
+def _document(path: Path, name: str) -> Any:
+    """The JSON file ``name`` in the directory or tar ``path``."""
+    try:
+        if path.is_dir():
+            return json.loads((path / name).read_bytes())
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if os.path.normpath(member.name) == name:
+                    content: IO[bytes] | None = tar.extractfile(member)
+                    return json.loads(content.read() if content else b"")
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise _no_image(path) from error
+    raise _no_image(path)
+
+
+def _no_image(path: Path) -> ImageError:
+    return ImageError(
+        f"{path} is damaged, or not an image.",
+        hint="images in files come from `docker save`, `podman save` or `skopeo copy`",
+    )
