@@ -166,9 +166,11 @@ class Channel:
         return self._parse()
 
     def buffered(self) -> bool:
-        """Whether ``receive`` has a whole frame without reading (it came with the opening line)."""
-        have = len(self._input)
-        return have >= HEADER.size and have >= HEADER.size + int.from_bytes(self._input[1:5], "big")
+        """Whether ``receive`` has something to say without reading (a frame came with the opening line)."""
+        if len(self._input) < HEADER.size:
+            return False
+        length = int.from_bytes(self._input[1:5], "big")
+        return len(self._input) >= HEADER.size + length or length > MAX_PAYLOAD
 
     def _parse(self) -> list[tuple[int, bytes]]:
         frames: list[tuple[int, bytes]] = []

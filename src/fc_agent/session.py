@@ -198,15 +198,12 @@ class Session:
         if self._channel.socket is not None:
             try:
                 if self._channel.socket.fileno() in ready or self._channel.buffered():
-                    frames = self._channel.receive()
-                    for number, (kind, payload) in enumerate(frames, self._channel.received - len(frames) + 1):
-                        self._on_frame(number, kind, payload)
+                    self._receive()
                 self._feed()
                 self._finish()
                 self._channel.flush()
             except (ConnectionError, ChannelError):
-                self._channel.detach()
-                self._alone_since = time.monotonic()
+                self._lose_client()
         else:
             self._feed()
             self._finish()
@@ -256,6 +253,20 @@ class Session:
                 self._alone_since = None
             except (OSError, ChannelError):
                 connection.close()
+
+    def _receive(self) -> bool:
+        frames = self._channel.receive()
+        for number, (kind, payload) in enumerate(frames, self._channel.received - len(frames) + 1):
+            self._on_frame(number, kind, payload)
+        return bool(frames)
+
+    def _lose_client(self) -> None:
+        """The connection is broken, perhaps while we were writing: its last words may still be there to read."""
+        with contextlib.suppress(ConnectionError, ChannelError):
+            while self._receive():
+                pass
+        self._channel.detach()
+        self._alone_since = time.monotonic()
 
     def _on_frame(self, number: int, kind: int, payload: bytes) -> None:
         if kind == wire.STDIN:

@@ -1,6 +1,7 @@
 """Sessions end to end: the real server and the real client over Unix sockets, with real processes."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import random
@@ -8,6 +9,7 @@ import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,10 +90,10 @@ def run(place: Place, request: Request, data: bytes | None = None) -> tuple[Exit
         if data is not None:
             request.stdin = True
             stdin, feeder = os.pipe()
-            stack.callback(os.close, stdin)
             thread = threading.Thread(target=feed, args=(feeder, data))
             thread.start()
             stack.callback(thread.join)
+            stack.callback(os.close, stdin)
         ended = stream(place.connect, request, stdin=stdin, on_output=output)
     return ended, bytes(output.stdout), bytes(output.stderr)
 
@@ -200,7 +202,9 @@ def test_a_slow_reader_slows_the_writer(place: Place) -> None:
         "    n += os.write(1, bytes(4096))\n"
         "os.set_blocking(1, True)\nprint(n, file=sys.stderr)"
     )
-    client = Client(place.connect, Request([sys.executable, "-c", program], target="vm"), stdin=None, on_output=on_output)
+    client = Client(
+        place.connect, Request([sys.executable, "-c", program], target="vm"), stdin=None, on_output=on_output
+    )
     thread, result = background(client)
     place_process = wait_until(lambda: place.launched and place.launched[0])
     select.select([place_process.ended], [], [], 60)  # it gave up writing, because nothing moved for two seconds
@@ -383,23 +387,23 @@ def test_an_adopted_session_waits_for_its_client_and_goes_on_with_the_next(place
     answer, rest = session.wire.read_line(connection)
     first = session.Channel(sent=answer["received"], received=answer["from"])
     first.attach(connection, peer_received=answer["received"], rest=rest)
-    seen = b""
-    while seen != b"one\n":
-        select.select([connection], [], [])
-        for kind, payload in first.receive():
-            seen += payload if kind == session.wire.STDOUT else b""
-        first.consume(first.received)
-        first.flush()
+    read_until(first, b"one\n")
+    first.consume(first.received)
     first.send(session.wire.STDIN, b"\n")
     first.flush()
-    while seen != b"one\ntwo\n":
-        select.select([connection], [], [])
-        for kind, payload in first.receive():
-            seen += payload if kind == session.wire.STDOUT else b""
+    read_until(first, b"two\n")
     connection.close()  # "two" was seen but never acknowledged: its successor gets it
     output = Collector()
     ended = stream(place.connect, Resume("main"), stdin=None, on_output=output)
     assert (ended.code, bytes(output.stdout)) == (6, b"two\n")
+
+
+def read_until(channel: session.Channel, text: bytes) -> None:
+    seen = b""
+    while text not in seen:
+        seen += b"".join(payload for kind, payload in channel.receive() if kind == session.wire.STDOUT)
+        if text not in seen:
+            select.select([channel.socket], [], [])
 
 
 def session_request(argv: list[str], **options: object) -> object:
@@ -451,7 +455,11 @@ class Cutter:
         ours, theirs = socket.socketpair()
         server = self.place.connect()
         self.made += 1
-        budget = self.random.choice([300, 5_000, 60_000, 700_000]) + self.random.randrange(1000) if self.made <= self.cuts else None
+        budget = (
+            self.random.choice([300, 5_000, 60_000, 700_000]) + self.random.randrange(1000)
+            if self.made <= self.cuts
+            else None
+        )
         thread = threading.Thread(target=self._relay, args=(theirs, server, budget))
         thread.start()
         self.threads.append(thread)
@@ -530,8 +538,7 @@ def test_a_signal_is_forwarded_even_while_our_output_is_blocked(tmp_path: Path, 
                          file_actions=[(os.POSIX_SPAWN_DUP2, write, 1)])  # fmt: skip
     os.close(write)
     assert len(os.read(read, 10)) == 10
-    wait_until(lambda: Path(f"/proc/{pid}/wchan").read_text() not in ("", "0") or True)
-    wait_until(lambda: "pipe_write" in _wchan(pid) or _state(pid) == "S")
+    wait_until(lambda: _unread(read) >= 4096 and _state(pid) == "S")
     os.kill(pid, signal.SIGTERM)
     wait_until((tmp_path / "got").exists)
     while os.read(read, 65536):
@@ -540,11 +547,8 @@ def test_a_signal_is_forwarded_even_while_our_output_is_blocked(tmp_path: Path, 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
-def _wchan(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/wchan").read_text()
-    except OSError:
-        return ""
+def _unread(pipe: int) -> int:
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _state(pid: int) -> str:
