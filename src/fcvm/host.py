@@ -10,6 +10,8 @@ import functools
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +127,8 @@ def hypervisor() -> str:
     if "hypervisor" not in cpu_flags() or os.uname().machine != "x86_64":
         return ""
     # push rbx; mov eax, 0x40000000; cpuid; mov [rdi], ebx; mov [rdi+4], ecx; mov [rdi+8], edx; pop rbx; ret
-    signature = _call(bytes.fromhex("53 b8 00000040 0fa2 891f 894f04 895708 5b c3"), 12)
-    return signature.rstrip(b"\0").decode(errors="replace")
+    with _machine_code(bytes.fromhex("53 b8 00000040 0fa2 891f 894f04 895708 5b c3"), 12) as signature:
+        return signature().rstrip(b"\0").decode(errors="replace")
 
 
 def tsc_khz() -> int:
@@ -147,29 +149,45 @@ def tsc_khz() -> int:
 
 def measure_tsc_khz(seconds: float = 0.1) -> int:
     """The frequency of the time-stamp counter in kHz, counted for this long."""
-    begin, begin_ticks = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), _tsc()
-    time.sleep(seconds)
-    end, end_ticks = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), _tsc()
+    # rdtsc; mov [rdi], eax; mov [rdi+4], edx; ret
+    with _machine_code(bytes.fromhex("0f31 8907 895704 c3"), 8) as read_tsc:
+
+        def sample() -> tuple[int, int]:
+            """Clock (ns) and ticks; of several pairs the one taken closest together, as we may be interrupted."""
+            samples = []
+            for _ in range(8):
+                before = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+                ticks = int.from_bytes(read_tsc(), "little")
+                after = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+                samples.append((after - before, (before + after) // 2, ticks))
+            return min(samples)[1:]
+
+        begin, begin_ticks = sample()
+        time.sleep(seconds)
+        end, end_ticks = sample()
     return round((end_ticks - begin_ticks) * 1_000_000 / (end - begin))
 
 
-def _tsc() -> int:
-    # rdtsc; mov [rdi], eax; mov [rdi+4], edx; ret
-    return int.from_bytes(_call(bytes.fromhex("0f31 8907 895704 c3"), 8), "little")
-
-
-def _call(code: bytes, size: int) -> bytes:
-    """Run x86-64 machine code that fills the ``size`` bytes to which its first argument (rdi) points."""
+@contextmanager
+def _machine_code(code: bytes, size: int) -> Iterator[Callable[[], bytes]]:
+    """Make a function of x86-64 machine code that fills the ``size`` bytes to which its first argument (rdi) points."""
     import ctypes
     import mmap
 
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
         page.write(code)
         anchor = ctypes.c_char.from_buffer(page)
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(anchor))
         result = ctypes.create_string_buffer(size)
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(anchor))(ctypes.addressof(result))
-        del anchor  # the page cannot be closed while something points into it
-        return result.raw
+
+        def call() -> bytes:
+            function(ctypes.addressof(result))
+            return result.raw
+
+        try:
+            yield call
+        finally:
+            del anchor  # the page cannot be closed while something points into it
 
 
 def _read(path: Path) -> str:

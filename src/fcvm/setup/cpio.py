@@ -43,8 +43,7 @@ def character_device(name: str, major: int, minor: int, mode: int = 0o600) -> En
 
 def write(stream: BinaryIO, entries: Iterable[Entry]) -> None:
     """Write a whole archive; a directory must come before what is in it, as the kernel makes no parents."""
-    inode = 0
-    for inode, entry in enumerate(entries, start=1):  # noqa: B007
+    for inode, entry in enumerate(entries, start=1):
         _write_entry(stream, inode, entry)
     _write_entry(stream, 0, Entry(TRAILER, 0))
 

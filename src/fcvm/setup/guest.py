@@ -3,70 +3,29 @@
 As root or, with subordinate ids, as an ordinary user. What comes out is named by its content (a snapshot must find
 exactly the image that it was made with), and ``guest/<key>.json`` says which one belongs to the recipe's key:
 
-    guest/<key>.json                                     Image, as JSON
+    guest/<key>.json                                     index.Image
     guest/<id>/root.img                                  erofs, uncompressed: shared pages, no time lost unpacking
     guest/<id>/tools/                                    programs for the host; ``tool`` says how to run them
     guest/<id>/packages                                  what is in it: names and versions
     kernels/<id>/vmlinuz, vmlinux, config, modules/VERSION/
 """
 
-import json
 import os
 import subprocess
 import tarfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fcvm.config import Config
-from fcvm.errors import HostError, SetupError
+from fcvm.errors import SetupError
 from fcvm.process import failure, find, run, spawn
-from fcvm.setup import bzimage, keys, recipe, sources, workspace
+from fcvm.setup import bzimage, index, keys, recipe, sources, workspace
+from fcvm.setup.index import Image, architecture
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import Layout
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 SPACE = 2 << 30  # bytes that a build takes at its peak, roughly
 NETWORK_WORDS = ("resolve", "connect", "Failed to fetch", "timed out", "Network is unreachable", "404", "403", "502")
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A guest image and its kernel: ``id`` under ``guest/``, ``kernel`` under ``kernels/``, keys by content."""
-
-    id: str
-    kernel: str
-    kernel_version: str
-    busybox: str
-    suite: str
-
-
-def architecture() -> str:
-    """Debian's name of this host's architecture.
-
-    Raises:
-        HostError: Firecracker does not run on it.
-    """
-    machine = os.uname().machine
-    if machine not in ARCHITECTURES:
-        raise HostError(f"Firecracker runs on x86_64 and aarch64, not on {machine}.")
-    return ARCHITECTURES[machine]
-
-
-def key(config: Config) -> str:
-    """The key of what the image is built from."""
-    inputs = [recipe.VERSION, recipe.PACKAGES, recipe.EXCLUDED, recipe.script(architecture()), config.debian_suite]
-    return keys.of([*inputs, architecture()])
-
-
-def lookup(config: Config, base: Path) -> Image | None:
-    """The image built earlier in data directory ``base``; None if it is not there as a whole."""
-    try:
-        image = Image(**json.loads((base / "guest" / f"{key(config)}.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    parts = (f"guest/{image.id}/root.img", f"kernels/{image.kernel}/vmlinux", f"kernels/{image.kernel}/vmlinuz")
-    return image if all((base / part).exists() for part in parts) else None
 
 
 def tool(image_directory: Path, name: str) -> list[str]:
@@ -82,16 +41,15 @@ def build(config: Config, layout: Layout, progress: Progress, *, force: bool = F
         SetupError: packages cannot be fetched or installed; the message has mmdebstrap's own last error.
         HostError: mmdebstrap is not installed, or there is too little space.
     """
-    name = key(config)
-    with progress.step("Guest image and kernel") as step, workspace.building(layout, f"guest-{name}", step) as work:
-        image = None if force else lookup(config, layout.base)
+    pointer = index.image_pointer(config, layout.base)
+    name = f"guest-{pointer.stem}"
+    with progress.step("Guest image and kernel") as step, workspace.building(layout, name, step) as work:
+        image = None if force else index.image(config, layout.base)
         if image is None:
             workspace.require_space(layout.base, SPACE)
             debootstrap(config, work, step)
             image = assemble(config, layout, work, step)
-            pointer = work / "pointer.json"
-            pointer.write_text(json.dumps(asdict(image), indent=2) + "\n")
-            workspace.replace(pointer, layout.guest / f"{name}.json")
+            workspace.write(pointer, index.to_json(image), work)
     return image
 
 

@@ -12,7 +12,19 @@ APT = Path("/etc/apt")
 
 # Names a Debian archive gives its releases; a third party's suites are seldom called so.
 SUITES = frozenset(
-    "bullseye bookworm trixie forky duke sid oldoldstable oldstable stable testing unstable experimental".split()
+    (
+        "bullseye",
+        "bookworm",
+        "trixie",
+        "forky",
+        "duke",
+        "sid",
+        "oldoldstable",
+        "oldstable",
+        "stable",
+        "testing",
+        "unstable",
+    )
 )
 POCKETS = ("-updates", "-security", "-backports", "-proposed-updates", "/updates")
 

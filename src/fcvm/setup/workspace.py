@@ -75,7 +75,9 @@ def _clear_subordinate(path: Path) -> None:
 
 def clear(path: Path) -> None:
     """Remove a work directory, but nothing that is mounted below it."""
-    if any(Path(line.split()[4]).is_relative_to(path) for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+    if any(
+        Path(line.split()[4]).is_relative_to(path) for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    ):
         raise HostError(f"Something is mounted below {path}.", hint=f"findmnt | grep {path}; umount it and try again")
     remove(path)
 
@@ -83,7 +85,9 @@ def clear(path: Path) -> None:
 def publish(built: Path, destination: Path) -> None:
     """Move a finished directory to its place, named by its content: if it is there already, that one stays."""
     for path in built.rglob("*"):
-        if path.is_file() and path.stat().st_size > 1 << 20:  # a crash of the host must not leave a name without content
+        if (
+            path.is_file() and path.stat().st_size > 1 << 20
+        ):  # a crash of the host must not leave a name without content
             sync(path)
     if destination.exists():
         remove(built)
@@ -95,6 +99,13 @@ def replace(built: Path, destination: Path) -> None:
     """Move a finished file to its place, over an older one."""
     sync(built)
     os.replace(built, destination)
+
+
+def write(destination: Path, text: str, work: Path) -> None:
+    """Write a small file in one step, by way of ``work``."""
+    temporary = work / "pointer"
+    temporary.write_text(text)
+    replace(temporary, destination)
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Provides all that ``assets.find`` looks for: builds and fetches what is missing, or copies it from elsewhere."""
+
+import os
+import shutil
+from pathlib import Path
+
+from fcvm.config import Config
+from fcvm.errors import SetupError
+from fcvm.linux import files
+from fcvm.setup import firecracker, guest, index, initrd, kata, storage, workspace
+from fcvm.setup.assets import Assets, find
+from fcvm.setup.index import Image
+from fcvm.setup.progress import Progress
+from fcvm.storage.layout import Layout
+
+
+def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = False) -> Assets:
+    """Build and fetch whatever is missing, storage first; ``force`` does it anew, with today's packages.
+
+    Running twice at once is fine: the second waits for the first and finds everything there.
+
+    Raises:
+        SetupError, HostError, UsageError: see ``guest.build``, ``kata.build``, ``firecracker.build``, ``storage.ensure``.
+    """
+    profile = index.profile(config)
+    storage.ensure(layout.base, config.storage_size, progress)
+    if not force:
+        try:
+            return find(config, layout)
+        except SetupError:
+            pass
+    if force or index.firecracker(config, layout.base) is None:  # the quickest to fail comes first
+        firecracker.build(config, layout, progress, force=force)
+    image = None if force else index.image(config, layout.base)
+    image = image or guest.build(config, layout, progress, force=force)
+    modules = layout.kernels / image.kernel / "modules" / image.kernel_version
+    ensure_initrd(layout, progress, image, image.kernel, modules)
+    if profile == "kata":
+        kernel = index.kata(config, layout.base) or kata.build(config, layout, progress)
+        ensure_initrd(layout, progress, image, kernel.id, None)
+    return find(config, layout)
+
+
+def ensure_initrd(layout: Layout, progress: Progress, image: Image, kernel: str, modules: Path | None) -> None:
+    """Build the initrd for the kernel ``kernel`` unless it is there."""
+    destination = index.initrd(layout.base, kernel, image.busybox)
+    if destination.exists():
+        return
+    from fcvm.agent.pack import pack
+
+    name = f"initrd-{destination.parent.name}"
+    with progress.step("Initrd") as step, workspace.building(layout, name, step) as work:
+        if destination.exists():
+            return
+        agent = work / "fc_agent.pyz"
+        pack(agent)
+        built = work / "initrd"
+        built.mkdir()
+        busybox = layout.guest / image.id / "tools/busybox"
+        initrd.build(built / "initrd.img", busybox=busybox, agent=agent, module_directory=modules)
+        size = (built / "initrd.img").stat().st_size
+        step.update(size, size)
+        layout.initrd.mkdir(exist_ok=True)
+        workspace.publish(built, destination.parent)
+
+
+def adopt(config: Config, layout: Layout, source: Path, progress: Progress) -> None:
+    """Copy what there is for these settings from another data directory: of another host, on a stick.
+
+    Raises:
+        SetupError: it holds nothing for these settings and this version of fcvm.
+    """
+    image = index.image(config, source)
+    if image is None:
+        raise SetupError(
+            f"{source} holds no guest image for these settings and this version of fcvm.",
+            hint="run `fcvm setup` of this version on the host it comes from",
+        )
+    wanted = [source / "kernels" / image.kernel, source / "guest" / image.id, index.image_pointer(config, source)]
+    if index.profile(config) == "kata" and (kernel := index.kata(config, source)):
+        wanted += [source / "kernels" / kernel.id, index.kata_pointer(config, source)]
+    binary = index.firecracker(config, source)
+    if binary is not None and binary.pinned:
+        wanted += [Path(binary.path).parent, source / "bin/firecracker.json"]
+    storage.ensure(layout.base, config.storage_size, progress)
+    with progress.step(f"Copying from {source}") as step, workspace.building(layout, "adopt", step) as work:
+        for path in wanted:  # a pointer comes after what it points to
+            name = path.relative_to(source)
+            step.note(str(name))
+            copy(path, work / "copy", layout.base / name)
+
+
+def copy(source: Path, temporary: Path, destination: Path) -> None:
+    """Copy a directory (unless it is there) or a file (over the one that is there) to its place, in one step."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.is_dir():
+            if not destination.exists():
+                shutil.copytree(source, temporary, symlinks=True, copy_function=_copy_file)
+                workspace.publish(temporary, destination)
+        else:
+            _copy_file(source, temporary)
+            workspace.replace(temporary, destination)
+    except (OSError, shutil.Error) as error:
+        raise SetupError(f"{source} cannot be copied: {error}.") from error
+
+
+def _copy_file(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    files.clone(Path(source), Path(destination))
+    shutil.copystat(source, destination)
