@@ -46,7 +46,7 @@ def _ls(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         print(json.dumps([_public(image, names) for image, names in found], indent=2))
         return 0
-    rows = [("NAME", "IMAGE ID", "CREATED", "SIZE")]
+    rows: list[tuple[str, ...]] = [("NAME", "IMAGE ID", "CREATED", "SIZE")]
     for image, names in found:
         rows += [(name, image.id[7:19], _age(image.created), _size(image.size_bytes)) for name in names or ["<none>"]]
     print(table(rows))
@@ -79,8 +79,8 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
             failed.append(error)
             continue
         print(f"{'removed' if last else 'untagged'} {removed}")
-    for error in failed[:-1]:
-        print(f"error: {error.message}", file=sys.stderr)
+    for failure in failed[:-1]:
+        print(f"error: {failure.message}", file=sys.stderr)
     if failed:
         raise failed[-1]
     return 0
@@ -107,11 +107,12 @@ def _public(image: "Image", names: list[str]) -> dict[str, Any]:
 
 
 def _age(created: str) -> str:
+    """How long ago; reproducible images have the epoch or nothing there, which says nothing."""
     try:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(created).astimezone(UTC)).total_seconds()
+        made = datetime.fromisoformat(created).astimezone(UTC)
     except (ValueError, OverflowError):
         return "-"
-    return f"{age(seconds)} ago"
+    return f"{age((datetime.now(UTC) - made).total_seconds())} ago" if made.year > 1980 else "-"
 
 
 def _size(count: int) -> str:
