@@ -15,6 +15,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from fcvm import log
 from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.process import failure, find, run, spawn
@@ -55,25 +56,27 @@ def build(config: Config, layout: Layout, progress: Progress, *, force: bool = F
 
 def debootstrap(config: Config, work: Path, step: Step) -> None:
     """Run mmdebstrap: leaves ``root.tar`` and ``recipe.OUTPUTS`` in ``work``."""
-    log = work / "mmdebstrap.log"
+    record = work / "mmdebstrap.log"
     with workspace.scratch(work) as temporary:
         command = mmdebstrap(config, work)
         step.note("starting mmdebstrap")
         process = spawn(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"TMPDIR": str(temporary)})
         assert process.stderr is not None
         try:
-            with process.stderr, log.open("wb") as copy:
+            with process.stderr, record.open("wb") as copy:
                 for line in process.stderr:
                     copy.write(line)
-                    if line.startswith(b"I: "):
-                        step.note(line[3:].decode(errors="replace").strip().rstrip("."))
+                    text = line.decode(errors="replace").rstrip()
+                    log.debug(text)
+                    if text.startswith("I: "):
+                        step.note(text[3:].rstrip("."))
             code = process.wait()
         except BaseException:
             process.kill()
             process.wait()
             raise
     if code != 0:
-        raise explain(command, code, log.read_bytes(), config)
+        raise explain(command, code, record.read_bytes(), config)
 
 
 def mmdebstrap(config: Config, work: Path) -> list[str]:

@@ -137,7 +137,8 @@ def kata(config: Config, base: Path) -> Kata | None:
 def initrd(base: Path, kernel: str, busybox: str) -> Path:
     """Where the initrd for a kernel is or will be, given the keys of that and of the image's busybox."""
     agent = keys.of_sources([SOURCES / "fc_agent", SOURCES / "fuse_pipe"])
-    key = keys.of([INITRD_RECIPE, kernel, busybox, agent, INITRD_INIT.read_text(), INITRD_MODULES])
+    made_by = [(SOURCES / "fcvm/agent/pack.py").read_text(), INITRD_INIT.read_text(), INITRD_MODULES]
+    key = keys.of([INITRD_RECIPE, kernel, busybox, agent, made_by])
     return base / "initrd" / key / "initrd.img"
 
 

@@ -1,0 +1,242 @@
+"""What `fcvm doctor` looks at. Every check looks at one thing, changes nothing, and knows the command that mends it."""
+
+import os
+import pwd
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fcvm import host, process
+from fcvm.config import Config
+from fcvm.errors import FcvmError
+from fcvm.setup import assets, storage
+from fcvm.setup.progress import size
+from fcvm.storage.layout import Layout
+
+QEMU = "qemu-system-x86_64"
+QEMU_WANTED = 10
+QEMU_HINT = "sudo make packages, which takes it from Debian's backports (or: apt-get install -t bookworm-backports qemu-system-x86)"
+
+# Program -> (package, what it is for). What only some hosts need is checked apart.
+PROGRAMS = {
+    "mmdebstrap": ("mmdebstrap", "fcvm setup builds the guest image with it"),
+    "zstd": ("zstd", "fcvm setup unpacks kernels with it"),
+    "mkfs.ext4": ("e2fsprogs", "it formats the disks of VMs"),
+    "skopeo": ("skopeo", "it fetches container images"),
+    "mkfs.erofs": ("erofs-utils", "it makes image disks"),
+}
+
+SPACE_WARN = 10 << 30
+SPACE_FAIL = 1 << 30
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: ``fail`` means that `fcvm podman run` cannot work, ``warn`` that something is slower or missing."""
+
+    name: str
+    status: Status
+    detail: str
+    hint: str | None = None
+
+
+def every(config: Config, layout: Layout) -> Iterator[Check]:
+    """All checks that matter on this host, in the order in which problems are best mended."""
+    machine = host.uses_machine(config)
+    yield kvm(config, machine)
+    if machine:
+        yield qemu()
+        yield memory(config)
+    else:
+        yield device(Path("/dev/net/tun"), "networks of VMs need it", "sudo modprobe tun")
+        yield nesting()
+    yield from programs(machine)
+    if os.geteuid() != 0:
+        yield user_namespaces()
+        yield subordinate_ids()
+    yield reflinks(config, layout)
+    yield space(layout)
+    yield prepared(config, layout)
+
+
+def kvm(config: Config, machine: bool) -> Check:
+    state = host.kvm()
+    if state.usable:
+        return Check("KVM", "ok", state.reason + (" The setting machine=always leaves it unused." if machine else ""))
+    if machine:
+        return Check(
+            "KVM",
+            "warn",
+            f"{state.reason} VMs run in an emulated host, the machine: slower, otherwise the same.",
+            state.hint,
+        )
+    return Check("KVM", "fail", f"{state.reason} The setting machine={config.machine} forbids the machine.", state.hint)
+
+
+def qemu() -> Check:
+    try:
+        text = process.run([QEMU, "--version"], timeout=60).stdout.decode(errors="replace")
+    except FcvmError as error:
+        return Check("QEMU", "fail", f"{error.message} The machine is run by it.", QEMU_HINT)
+    match = re.search(r"version ((\d+)[\d.]*)", text)
+    version = match[1] if match else "of an unknown version"
+    if match is None or int(match[2]) < QEMU_WANTED:
+        return Check(
+            "QEMU", "warn", f"QEMU {version} is old: AVX and nested VMs need version {QEMU_WANTED} or later.", QEMU_HINT
+        )
+    return Check("QEMU", "ok", f"QEMU {version}.")
+
+
+def memory(config: Config) -> Check:
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    available = int(match[1]) // 1024 if match else 0
+    if available < config.machine_mem:
+        return Check(
+            "Memory",
+            "warn",
+            f"{available} MiB are free, less than the machine may take ({config.machine_mem} MiB).",
+            f"FCVM_MACHINE_MEM={max(available * 3 // 4, 1024)}m, or machine_mem in the configuration file",
+        )
+    return Check("Memory", "ok", f"{available} MiB are free; the machine takes up to {config.machine_mem} MiB.")
+
+
+def device(path: Path, why: str, hint: str) -> Check:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return Check(str(path), "fail", f"{path} cannot be opened ({error.strerror}); {why}.", hint)
+    return Check(str(path), "ok", f"{path} can be opened.")
+
+
+def nesting() -> Check:
+    """Whether guests can use KVM themselves: a parameter of the host's KVM module."""
+    if os.uname().machine == "aarch64":
+        on = "kvm-arm.mode=nested" in Path("/proc/cmdline").read_text()
+        detail = "on (kvm-arm.mode=nested)" if on else "off"
+        hint = None if on else "boot with kvm-arm.mode=nested (FEAT_NV2, Linux 6.18 or later)"
+        return Check("Nesting", "ok" if on else "warn", f"Nested virtualization is {detail}.", hint)
+    for module in ("kvm_intel", "kvm_amd"):
+        parameter = Path(f"/sys/module/{module}/parameters/nested")
+        if parameter.exists():
+            if parameter.read_text().strip() in ("Y", "1"):
+                return Check("Nesting", "ok", f"Nested virtualization is on ({module}).")
+            return Check(
+                "Nesting",
+                "warn",
+                f"Nested virtualization is off ({module}): VMs cannot run VMs.",
+                f"echo 'options {module} nested=1' | sudo tee /etc/modprobe.d/{module}.conf; "
+                f"sudo modprobe -r {module}; sudo modprobe {module}",
+            )
+    return Check("Nesting", "warn", "The kernel does not say whether nested virtualization is on.")
+
+
+def programs(machine: bool) -> Iterator[Check]:
+    """The programs that are missing, or one line that says that none is."""
+    needed = dict(PROGRAMS)
+    if not machine and os.geteuid() != 0:
+        needed["slirp4netns"] = ("slirp4netns", "networks of an ordinary user's VMs need it")
+    missing = {name: needed[name] for name in needed if not installed(name)}
+    for name, (package, why) in missing.items():
+        yield Check("Programs", "fail", f"{name} is not installed; {why}.", f"sudo apt-get install {package}")
+    if not missing:
+        yield Check("Programs", "ok", f"{', '.join(needed)} are installed.")
+
+
+def installed(program: str) -> bool:
+    return shutil.which(program, path=process.environment()["PATH"]) is not None
+
+
+def user_namespaces() -> Check:
+    """Whether an ordinary user may make user namespaces, which networks without root are made of."""
+    switches = (
+        (
+            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+            "1",
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
+        ("/proc/sys/kernel/unprivileged_userns_clone", "0", "kernel.unprivileged_userns_clone=1"),
+        ("/proc/sys/user/max_user_namespaces", "0", "user.max_user_namespaces=15000"),
+    )
+    for path, forbidden, mend in switches:
+        try:
+            value = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if value == forbidden:
+            return Check(
+                "User namespaces",
+                "fail",
+                f"Ordinary users may not make user namespaces ({path} is {value}).",
+                f"sudo sysctl -w {mend}",
+            )
+    return Check("User namespaces", "ok", "Ordinary users may make user namespaces.")
+
+
+def subordinate_ids() -> Check:
+    """Whether this user has subordinate ids, which building the guest image without root takes."""
+    name, uid = pwd.getpwuid(os.getuid()).pw_name, str(os.getuid())
+    if not installed("newuidmap"):
+        return Check("Subordinate ids", "warn", "newuidmap is not installed.", "sudo apt-get install uidmap")
+    for path in (Path("/etc/subuid"), Path("/etc/subgid")):
+        if not has_range(path, name, uid):
+            return Check(
+                "Subordinate ids",
+                "warn",
+                f"{name} has none in {path}: fcvm setup cannot build the guest image without root.",
+                f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}",
+            )
+    return Check("Subordinate ids", "ok", f"{name} has subordinate ids.")
+
+
+def has_range(path: Path, name: str, uid: str) -> bool:
+    """Whether a file like /etc/subuid (``name:first:count``) gives this user at least 65536 ids at once."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return False
+    fields = [line.split(":") for line in lines]
+    return any(len(f) == 3 and f[0] in (name, uid) and f[2].isdigit() and int(f[2]) >= 65536 for f in fields)
+
+
+def reflinks(config: Config, layout: Layout) -> Check:
+    base = layout.base
+    if not base.is_dir():
+        return Check("Storage", "fail", f"The data directory {base} does not exist.", "fcvm setup --storage-only")
+    if not os.access(base, os.W_OK):
+        return Check(
+            "Storage", "fail", f"You may not write to {base}.", "FCVM_BASE_DIR=DIRECTORY chooses another place"
+        )
+    found = storage.examine(base)
+    if found.kind != "copies":
+        return Check("Storage", "ok", f"{base}: {found.detail}.")
+    if storage.image_of(base).exists():
+        return Check(
+            "Storage", "fail", f"{storage.image_of(base)} is not mounted on {base}.", "sudo fcvm setup --storage-only"
+        )
+    hint = (
+        f"move {base} away, then: sudo fcvm setup --storage-only"
+        if os.geteuid() == 0
+        else "put FCVM_BASE_DIR on btrfs or xfs"
+    )
+    return Check("Storage", "warn", f"{base}: {found.detail}.", hint)
+
+
+def space(layout: Layout) -> Check:
+    existing = next(path for path in (layout.base, *layout.base.parents) if path.exists())
+    free = storage.free(layout.base) if existing == layout.base else shutil.disk_usage(existing).free
+    status: Status = "fail" if free < SPACE_FAIL else "warn" if free < SPACE_WARN else "ok"
+    hint = None if status == "ok" else f"fcvm images prune; df -h {existing}"
+    return Check("Free space", status, f"{size(free)} in {existing}.", hint)
+
+
+def prepared(config: Config, layout: Layout) -> Check:
+    try:
+        found = assets.find(config, layout)
+    except FcvmError as error:
+        return Check("Setup", "fail", error.message, error.hint)
+    return Check("Setup", "ok", f"Linux {found.kernel_version}, Firecracker {found.firecracker_version}.")
