@@ -88,7 +88,9 @@ def write(path: Path, layers: list[bytes], config: dict[str, Any], *, names: lis
                            "config": settings, "layers": described}), "manifest.v1+json")  # fmt: skip
     index = [{**manifest, "annotations": {"org.opencontainers.image.ref.name": name}} for name in names] or [manifest]
     paths = {entry["digest"]: f"blobs/sha256/{entry['digest'][7:]}" for entry in (settings, *described)}
-    docker = [{"Config": paths[settings["digest"]], "RepoTags": names, "Layers": [paths[e["digest"]] for e in described]}]
+    docker = [
+        {"Config": paths[settings["digest"]], "RepoTags": names, "Layers": [paths[e["digest"]] for e in described]}
+    ]
     files = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
         "index.json": _json({"schemaVersion": 2, "manifests": index}),

@@ -36,7 +36,9 @@ def layers(recipe: Recipe, config: Config) -> list[bytes]:
 def users(*accounts: tuple[str, int, str]) -> list[File]:
     """/etc/passwd and /etc/group with root, nobody and ``accounts`` (name, uid and gid, home)."""
     everyone = [("root", 0, "/root"), *accounts, ("nobody", 65534, "/nonexistent")]
-    passwd = "".join(f"{name}:x:{id}:{id}::{home}:{'/bin/sh' if id == 0 else '/bin/false'}\n" for name, id, home in everyone)
+    passwd = "".join(
+        f"{name}:x:{id}:{id}::{home}:{'/bin/sh' if id == 0 else '/bin/false'}\n" for name, id, home in everyone
+    )
     group = "".join(f"{name if name != 'nobody' else 'nogroup'}:x:{id}:\n" for name, id, _ in everyone)
     return [directory("etc"), File("etc/passwd", passwd.encode()), File("etc/group", group.encode())]
 
@@ -45,7 +47,11 @@ def demo_files() -> list[File]:
     """busybox under all its names, some users, a page for its httpd."""
     busybox = packages.busybox()
     path = next((p for p in packages.STATIC_BUSYBOX if p.is_file() and p.read_bytes() == busybox), None)
-    applets = process.run([path, "--list"]).stdout.decode().split() if path else ["sh", "ls", "cat", "echo", "sleep", "httpd", "wget"]
+    applets = (
+        process.run([path, "--list"]).stdout.decode().split()
+        if path
+        else ["sh", "ls", "cat", "echo", "sleep", "httpd", "wget"]
+    )
     return [
         *(directory(name) for name in ("bin", "dev", "proc", "sys", "run", "usr", "var", "www")),
         directory("tmp", 0o1777),

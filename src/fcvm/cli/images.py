@@ -26,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pull = actions.add_parser("pull", help="fetch an image, or whatever is newer than what is here")
     pull.add_argument("reference", metavar="REFERENCE", help="any image reference; docs/images.md has the kinds")
     load = actions.add_parser("load", help="load images from a file or directory")
-    load.add_argument("file", metavar="FILE", help="from docker save, podman save or skopeo; an archive, or a directory")
+    load.add_argument(
+        "file", metavar="FILE", help="from docker save, podman save or skopeo; an archive, or a directory"
+    )
     load.add_argument("--name", help="what to call it, for example localhost/x (default: the names in the file)")
     remove = actions.add_parser("rm", help="remove names, and images with their last name")
     remove.add_argument("names", nargs="+", metavar="NAME", help="a name, or an image's id")

@@ -33,7 +33,9 @@ def adopt(path: Path, layout: Layout) -> Path:
             copy = scratch / path.name
             files.clone(path, copy, mode=0o644)
             if copy.stat().st_size != metadata.size_bytes:
-                raise HostError(f"The image disk {path} is incomplete.", hint="fcvm images rm it and pull or load it again")
+                raise HostError(
+                    f"The image disk {path} is incomplete.", hint="fcvm images rm it and pull or load it again"
+                )
             store.put(layout, path.stem, copy, metadata)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -172,7 +172,9 @@ def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> Di
     """
     layer = Layer(writer, below)
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(
+            fileobj=cast(IO[bytes], stream), mode="r|", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
             for member in _members(tar):
                 layer.add(member, tar.extractfile(member) if member.isreg() else None)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:

@@ -47,7 +47,10 @@ def load(source: str, layout: Layout, progress: "Progress | None" = None, *, nam
     for wanted, called in found:
         targets = [target] if target is not None else [local_name(word) for word in called]
         if not targets:
-            raise UsageError(f"{wanted} does not say what its image is called.", hint=f"fcvm images load {source} --name localhost/NAME")
+            raise UsageError(
+                f"{wanted} does not say what its image is called.",
+                hint=f"fcvm images load {source} --name localhost/NAME",
+            )
         image = make.image(wanted, layout, progress, name=targets[0])
         for more in targets[1:]:
             store.set_name(layout, more, image.key)
@@ -63,7 +66,9 @@ def local_name(text: str) -> str:
     """
     named = reference.name(text)
     if named.digest:
-        raise UsageError(f"An image cannot be called {text}: its digest is what it is.", hint=f"--name {named.repository}")
+        raise UsageError(
+            f"An image cannot be called {text}: its digest is what it is.", hint=f"--name {named.repository}"
+        )
     return str(named.at(LOCALHOST) if named.is_short else named)
 
 
@@ -74,7 +79,10 @@ def contents(path: Path, transport: str | None = None) -> list[tuple[Reference, 
     transport = transport or _kind(path)
     if transport == "docker-archive":
         entries = _document(path, "manifest.json")
-        return [(_at(transport, path, f"@{i}" if len(entries) > 1 else ""), list(e.get("RepoTags") or [])) for i, e in enumerate(entries)]
+        return [
+            (_at(transport, path, f"@{i}" if len(entries) > 1 else ""), list(e.get("RepoTags") or []))
+            for i, e in enumerate(entries)
+        ]
     if transport == "dir":
         return [(_at(transport, path, ""), [])]
     found = []

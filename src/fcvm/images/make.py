@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 def image(
-    source: Reference, layout: Layout, progress: "Progress | None", *, name: str, stamp: str = "", size: int | None = None
+    source: Reference,
+    layout: Layout,
+    progress: "Progress | None",
+    *,
+    name: str,
+    stamp: str = "",
+    size: int | None = None,
 ) -> Image:
     """Fetch ``source``, convert it, and put it into the store as ``name``.
 
@@ -32,7 +38,8 @@ def image(
         stamp: how the source is now, if it can change without us.
         size: bytes that will be fetched, if that is known.
     """
-    lock = layout.cache / "locks" / hashlib.sha256(str(source).encode()).hexdigest()[:2]  # so there are not more than 256
+    # One of 256 locks: sources seldom share one, and then they wait for each other.
+    lock = layout.cache / "locks" / hashlib.sha256(str(source).encode()).hexdigest()[:2]
     with _errors(name, layout), locked(lock), work.directory(layout) as scratch:
         entry = store.names(layout).get(name)  # somebody may have made it while we waited
         same = entry and (entry.stamp == stamp if stamp else entry.key == store.key(source.digest))
@@ -50,7 +57,9 @@ def image(
         return cast(Image, store.get(layout, manifest.key, name))
 
 
-def _convert(fetched: Path, manifest: disk.Manifest, target: Path, name: str, step: "Step") -> tuple[Path, store.Metadata]:
+def _convert(
+    fetched: Path, manifest: disk.Manifest, target: Path, name: str, step: "Step"
+) -> tuple[Path, store.Metadata]:
     raw = (fetched / manifest.id).read_bytes()
     settings = disk.parse_config(raw, manifest)
     theirs, ours = settings.get("architecture") or skopeo.architecture(), skopeo.architecture()
@@ -71,7 +80,9 @@ def _convert(fetched: Path, manifest: disk.Manifest, target: Path, name: str, st
     finally:
         os.close(fd)
     config = {key: value for key, value in (settings.get("config") or {}).items() if value}
-    return target, store.Metadata(manifest.digest, f"sha256:{manifest.id}", theirs, size, settings.get("created") or "", config)
+    return target, store.Metadata(
+        manifest.digest, f"sha256:{manifest.id}", theirs, size, settings.get("created") or "", config
+    )
 
 
 @contextmanager

@@ -61,10 +61,22 @@ def choose(raw: bytes, name: str) -> str | None:
         ours = skopeo.architecture()
         entries = [(entry.get("platform") or {}, str(entry["digest"])) for entry in document["manifests"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImageError(f"The registry delivers no manifest for {name}.", hint="FCVM_LOG=debug shows the command") from error
-    fitting = [(p.get("variant", ""), digest) for p, digest in entries if p.get("os") == "linux" and p.get("architecture") == ours]
+        raise ImageError(
+            f"The registry delivers no manifest for {name}.", hint="FCVM_LOG=debug shows the command"
+        ) from error
+    fitting = [
+        (p.get("variant", ""), digest)
+        for p, digest in entries
+        if p.get("os") == "linux" and p.get("architecture") == ours
+    ]
     if not fitting:  # attestations have the platform unknown/unknown
-        have = sorted({f"{p.get('os')}/{p.get('architecture')}" for p, _ in entries if p.get("architecture") not in (None, "unknown")})
+        have = sorted(
+            {
+                f"{p.get('os')}/{p.get('architecture')}"
+                for p, _ in entries
+                if p.get("architecture") not in (None, "unknown")
+            }
+        )
         raise skopeo.wrong_architecture(name, ", ".join(have) or "no known platform", ours)
     # Higher variants (amd64 v2, v3) may use instructions that this host lacks; v8 is all of arm64.
     return min(fitting, key=lambda entry: entry[0] not in ("", "v1", "v8"))[1]

@@ -30,7 +30,10 @@ class Registries:
         """Under which names ``reference`` may already be here, in the order in which Podman looks."""
         if not reference.is_short:
             return [reference]
-        names = [*self._alias(reference), *(reference.at(domain) for domain in (LOCALHOST, *self.search, DEFAULT_REGISTRY))]
+        names = [
+            *self._alias(reference),
+            *(reference.at(domain) for domain in (LOCALHOST, *self.search, DEFAULT_REGISTRY)),
+        ]
         return list(dict.fromkeys(names))
 
     def remote(self, reference: Reference) -> list[Reference]:

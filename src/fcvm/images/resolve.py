@@ -61,7 +61,9 @@ def _named(text: str, wanted: Reference, pull: Pull, layout: Layout, progress: "
     image = _local(configured.local(wanted), layout, progress)
     if image is None and (found := store.by_id(layout, text)):
         return found[0]
-    if image is not None and (pull in ("missing", "never") or wanted.digest or reference.name(image.reference).is_localhost):
+    if image is not None and (
+        pull in ("missing", "never") or wanted.digest or reference.name(image.reference).is_localhost
+    ):
         return image
     if pull == "never" or wanted.is_localhost:
         if image is None:

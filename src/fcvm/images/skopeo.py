@@ -20,7 +20,9 @@ POLICIES = (Path(".config/containers/policy.json"), Path("/etc/containers/policy
 LOOK_EVERY = 0.2  # seconds between looks at how much has been fetched
 INSPECT_TIMEOUT = "90s"
 
-UNREACHABLE = r"(?:dial tcp|lookup)[^\n]*?: ([a-z/ ]*(?:refused|no such host|timeout|no route to host|unreachable|misbehaving))"
+UNREACHABLE = (
+    r"(?:dial tcp|lookup)[^\n]*?: ([a-z/ ]*(?:refused|no such host|timeout|no route to host|unreachable|misbehaving))"
+)
 DAMAGED = (
     r"unexpected EOF|invalid tar header|Tar component .* not found|[Dd]igest did not match|does not match|gzip: invalid"
     r"|invalid character|unexpected end of JSON|archive/tar|no such file or directory|flate: corrupt|invalid checksum"
@@ -53,7 +55,9 @@ def inspect(reference: Reference) -> bytes:
     return done.stdout
 
 
-def copy(reference: Reference, destination: Path, fetched: Callable[[int], object], note: Callable[[str], object]) -> None:
+def copy(
+    reference: Reference, destination: Path, fetched: Callable[[int], object], note: Callable[[str], object]
+) -> None:
     """Copy the image to the directory ``destination`` (skopeo's ``dir:``), byte for byte as it is at its source.
 
     Arguments:
@@ -67,7 +71,9 @@ def copy(reference: Reference, destination: Path, fetched: Callable[[int], objec
     scratch.mkdir()
     command = [*_command(reference), f"--tmpdir={scratch}", "copy", reference.source, f"dir:{destination}"]
     log.debug(f"running {' '.join(command)}")
-    child = process.spawn(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | {"TMPDIR": str(scratch)})
+    child = process.spawn(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | {"TMPDIR": str(scratch)}
+    )
     said = bytearray()
     try:
         assert child.stdout is not None
@@ -119,7 +125,9 @@ def explain(reference: Reference, output: str) -> ImageError:
             f"{reference.path} is damaged, or not an image of the kind {reference.transport}.",
             hint="docker-archive: from `docker save`, `podman save`; oci-archive:, oci: and dir: from `skopeo copy`",
         )
-    return ImageError(f"The image {reference} cannot be read: {_brief(reason)}.", hint="FCVM_LOG=debug shows the command")
+    return ImageError(
+        f"The image {reference} cannot be read: {_brief(reason)}.", hint="FCVM_LOG=debug shows the command"
+    )
 
 
 def wrong_architecture(reference: str, theirs: str, ours: str) -> ImageError:
@@ -144,17 +152,25 @@ def _explain_registry(reference: Reference, registry: str, reason: str) -> Image
     if matched := re.search(UNREACHABLE, reason):
         return Unavailable(f"The registry {registry} cannot be reached: {matched[1].strip()}.", hint=without)
     if "toomanyrequests" in reason:
-        return Unavailable(f"The registry {registry} allows no more downloads for now.", hint=f"skopeo login {registry}")
+        return Unavailable(
+            f"The registry {registry} allows no more downloads for now.", hint=f"skopeo login {registry}"
+        )
     if re.search(r"unauthorized|authentication required|denied|invalid username/password|forbidden", reason):
         return Unavailable(
             f"The registry {registry} gives no access to {reference.repository}: it does not exist, or needs a login.",
             hint=f"skopeo login {registry}",
         )
     if re.search(r"manifest unknown|name unknown|not found|NAME_UNKNOWN|MANIFEST_UNKNOWN", reason):
-        return Unavailable(f"The registry {registry} has no image {reference}.", hint=f"skopeo list-tags docker://{reference.repository}")
+        return Unavailable(
+            f"The registry {registry} has no image {reference}.",
+            hint=f"skopeo list-tags docker://{reference.repository}",
+        )
     if re.search(r"timeout|deadline exceeded|EOF|connection reset|broken pipe", reason):
         return Unavailable(f"The registry {registry} cannot be reached: {_brief(reason)}.", hint=without)
-    return Unavailable(f"The registry {registry} did not deliver {reference}: {_brief(reason)}.", hint="FCVM_LOG=debug shows the command")
+    return Unavailable(
+        f"The registry {registry} did not deliver {reference}: {_brief(reason)}.",
+        hint="FCVM_LOG=debug shows the command",
+    )
 
 
 def _command(reference: Reference) -> list[str]:

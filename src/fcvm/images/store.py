@@ -173,9 +173,15 @@ def by_id(layout: Layout, text: str) -> tuple[Image, list[str]] | None:
     if not references.is_id(text):
         return None
     start = "sha256:" + text.removeprefix("sha256:")
-    found = [(image, called) for image, called in images(layout) if image.id.startswith(start) or image.digest.startswith(start)]
+    found = [
+        (image, called)
+        for image, called in images(layout)
+        if image.id.startswith(start) or image.digest.startswith(start)
+    ]
     if len({image.id for image, _ in found}) > 1:
-        raise UsageError(f"{text} is the start of more than one image id.", hint="fcvm images ls --json shows whole ids")
+        raise UsageError(
+            f"{text} is the start of more than one image id.", hint="fcvm images ls --json shows whole ids"
+        )
     return found[0] if found else None
 
 
@@ -229,7 +235,9 @@ def prune(layout: Layout, *, everything: bool = False, used: Collection[str] = (
         gone = [image for image, called in images(layout) if image.key not in keep and (everything or not called)]
         keys = {image.key for image in gone}
         # A name whose disk is gone, however that came about, is of no use either.
-        _write_names(layout, {n: t for n, t in current.items() if t.key not in keys and disk_path(layout, t.key).exists()})
+        _write_names(
+            layout, {n: t for n, t in current.items() if t.key not in keys and disk_path(layout, t.key).exists()}
+        )
         for key in keys:
             _delete(layout, key)
         for path in layout.images.glob("*.json"):
