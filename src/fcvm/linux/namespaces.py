@@ -98,15 +98,19 @@ def create(build: Callable[[], list[int]], *, user: bool) -> tuple[Namespace, li
     Raises:
         HostError: this host does not let us make one; the hint says what to change.
     """
-    if user:
-        (net, owner, *fds) = _in_child(lambda: _unshare_user() or [current(), _open_user(), *build()])
-        return Namespace(net, owner), fds
 
-    def furnish() -> list[int]:
+
+    def furnish() -> list[int]:  # our own fds come last, so that none is left open when build fails
+        if user:
+            _unshare_user()
+            return [*build(), current(), os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)]
         _unshare_net()
-        return [current(), *build()]
+        return [*build(), current()]
 
-    (net, *fds) = in_thread(furnish)
+    if user:
+        (*fds, net, owner) = _in_child(furnish)
+        return Namespace(net, owner), fds
+    (*fds, net) = in_thread(furnish)
     return Namespace(net), fds
 
 
@@ -185,10 +189,6 @@ def _error(answer: dict[str, object]) -> Exception:
             hint = answer["hint"]
             return deliberate(text, hint=hint if isinstance(hint, str) else None)
     return RuntimeError(text)
-
-
-def _open_user() -> int:
-    return os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _unshare_net() -> None:

@@ -299,6 +299,11 @@ class Rule:
     verdict: int | None
     comment: str
 
+    @property
+    def refuses(self) -> bool:
+        """Whether it drops or rejects what it matches."""
+        return self.verdict == DROP or "reject" in self.expressions
+
 
 def tables(sock: netlink.Socket) -> list[tuple[int, str]]:
     """Family and name of every table of the socket's namespace."""
@@ -308,21 +313,29 @@ def tables(sock: netlink.Socket) -> list[tuple[int, str]]:
 
 def chains(sock: netlink.Socket) -> list[Chain]:
     """Every chain of the socket's namespace."""
-    found = []
-    for _, body in sock.dump(Message(_type(GETCHAIN), 0, _head(0))):
-        values = attributes(body[4:])
-        hook = attributes(values[NFTA_CHAIN_HOOK]) if NFTA_CHAIN_HOOK in values else {}
-        found.append(
-            Chain(
-                family=body[0],
-                table=_string(values[NFTA_CHAIN_TABLE]),
-                name=_string(values[NFTA_CHAIN_NAME]),
-                type=_string(values[NFTA_CHAIN_TYPE]) if NFTA_CHAIN_TYPE in values else None,
-                hook=_number(hook.get(NFTA_HOOK_HOOKNUM)),
-                policy=_number(values.get(NFTA_CHAIN_POLICY)),
-            )
-        )
-    return found
+    return [_chain(body) for _, body in sock.dump(Message(_type(GETCHAIN), 0, _head(0)))]
+
+
+def chain(sock: netlink.Socket, family: int, table: str, name: str) -> Chain | None:
+    """One chain, or None if there is none of that name."""
+    body = _head(family) + text(NFTA_CHAIN_TABLE, table) + text(NFTA_CHAIN_NAME, name)
+    try:
+        return _chain(sock.request([Message(_type(GETCHAIN), NLM_F_ACK, body)])[0])
+    except FileNotFoundError:
+        return None
+
+
+def _chain(body: bytes) -> Chain:
+    values = attributes(body[4:])
+    hook = attributes(values[NFTA_CHAIN_HOOK]) if NFTA_CHAIN_HOOK in values else {}
+    return Chain(
+        family=body[0],
+        table=_string(values[NFTA_CHAIN_TABLE]),
+        name=_string(values[NFTA_CHAIN_NAME]),
+        type=_string(values[NFTA_CHAIN_TYPE]) if NFTA_CHAIN_TYPE in values else None,
+        hook=_number(hook.get(NFTA_HOOK_HOOKNUM)),
+        policy=_number(values.get(NFTA_CHAIN_POLICY)),
+    )
 
 
 def rules(sock: netlink.Socket, family: int, table: str, chain: str) -> list[Rule]:

@@ -64,7 +64,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast route of any table: where to, and through which interface (0 when it has several)."""
+    """A route: where to, and through which interface (0 when it has several)."""
 
     destination: ipaddress.IPv4Network | ipaddress.IPv6Network
     oif: int
@@ -138,12 +138,13 @@ def neighbour(index: int, ip: Address, mac: str) -> Message:
     return Message(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE, body)
 
 
-def link(route: netlink.Socket, name: str) -> Link | None:
-    """The interface of that name in the socket's namespace."""
+def link(route: netlink.Socket, which: str | int) -> Link | None:
+    """The interface of that name, or index, in the socket's namespace."""
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, which) if isinstance(which, str) else _IFINFO.pack(
+        0, 0, which, 0, 0
+    )
     try:
-        replies = route.request(
-            [Message(RTM_GETLINK, NLM_F_ACK, _IFINFO.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, name))]
-        )
+        replies = route.request([Message(RTM_GETLINK, NLM_F_ACK, body)])
     except NetlinkError as error:
         if error.errno == errno.ENODEV:
             return None
@@ -163,35 +164,26 @@ def _link(body: bytes) -> Link:
     return Link(index, name, struct.unpack("=I", found[IFLA_MTU])[0], bool(flags & IFF_UP), bool(flags & IFF_LOOPBACK))
 
 
-def routes(route: netlink.Socket, family: int = socket.AF_INET) -> list[Route]:
-    """The unicast routes of every table in the socket's namespace."""
-    found = []
-    for _, body in route.dump(Message(RTM_GETROUTE, 0, struct.pack("=BBBBBBBBI", family, *[0] * 8))):
-        _, length, _, _, _, _, _, type, _ = struct.unpack_from("=BBBBBBBBI", body)
-        if type != RTN_UNICAST:
-            continue
-        values = netlink.attributes(body[12:])
-        size = 4 if family == socket.AF_INET else 16
-        destination = ipaddress.ip_network((values.get(RTA_DST, bytes(size)), length), strict=False)
-        found.append(Route(destination, struct.unpack("=I", values.get(RTA_OIF, bytes(4)))[0]))
-    return found
-
-
-def match(route: netlink.Socket, ip: ipaddress.IPv4Address) -> ipaddress.IPv4Network | None:
-    """The destination of the route that the kernel would take to ``ip`` (policy rules included); None if it has none.
+def match(route: netlink.Socket, ip: Address) -> Route | None:
+    """The route that the kernel would take to ``ip`` (policy rules included); None if it has none.
 
     It costs the same however many routes there are.
     """
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH)
+    family, size = (socket.AF_INET, 4) if ip.version == 4 else (socket.AF_INET6, 16)
+    body = struct.pack("=BBBBBBBBI", family, 8 * size, 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH)
     try:
         replies = route.request([Message(RTM_GETROUTE, NLM_F_ACK, body + attribute(RTA_DST, ip.packed))])
     except NetlinkError as error:
         if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
             return None  # no route, or one that refuses (unreachable, blackhole, prohibit)
         raise
-    length = replies[0][1]
-    destination = netlink.attributes(replies[0][12:]).get(RTA_DST, bytes(4))
-    return ipaddress.IPv4Network((destination, length), strict=False)
+    return _route(replies[0], size)
+
+
+def _route(body: bytes, size: int) -> Route:
+    values = netlink.attributes(body[12:])
+    destination = ipaddress.ip_network((values.get(RTA_DST, bytes(size)), body[1]), strict=False)
+    return Route(destination, struct.unpack("=I", values.get(RTA_OIF, bytes(4)))[0])
 
 
 def addresses(route: netlink.Socket, family: int = socket.AF_INET) -> list[tuple[int, Interface]]:

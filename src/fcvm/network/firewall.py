@@ -1,0 +1,191 @@
+"""Beside other firewalls: forwarded packets must pass their FORWARD chains too.
+
+An ``accept`` in a chain of ours ends nothing: a packet is dropped if *any* chain on the hook drops it, and Docker sets the
+policy of ``FORWARD`` to drop, firewalld rejects what it does not know. So where a foreign chain drops what nobody asked for,
+two rules are put in front: from and to interfaces named ``fcvm*``. Docker provides a chain for this, ``DOCKER-USER``, which
+is used where it exists. What a VM may be reached by is decided in its own namespace.
+
+They are the same two rules for all VMs and carry the comment ``fcvm``. The last VM takes them away, or, if it was killed, the
+next command (``sweep``).
+"""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from fcvm import process
+from fcvm.config import default_runtime_dir
+from fcvm.errors import FcvmError, NetworkError
+from fcvm.linux import netlink, nft, rtnetlink
+from fcvm.linux.netlink import Message, NetlinkError, attribute, attributes
+from fcvm.linux.nft import Chain
+from fcvm.network.subnets import POOLS, PREFIX
+from fcvm.storage.layout import locked
+
+COMMENT = "fcvm"
+DOCKER_USER = "DOCKER-USER"
+INTERFACES = f"{PREFIX}*"
+# linux/netfilter/nfnetlink_hook.h
+NFNL_SUBSYS_HOOK = 12
+NFNLA_HOOK_HOOKNUM, NFNLA_HOOK_FUNCTION_NAME, NFNLA_HOOK_CHAIN_INFO = 1, 4, 6
+NFNLA_HOOK_INFO_DESC = 1
+NFNLA_CHAIN_TABLE, NFNLA_CHAIN_FAMILY, NFNLA_CHAIN_NAME = 1, 2, 3
+# functions that ip_tables (the kernel's older, "legacy" one) puts on a hook
+LEGACY = {nft.IPV4: ("iptables-legacy", "ipt"), nft.IPV6: ("ip6tables-legacy", "ip6t")}
+# what a rule consists of that matches everything and ends badly
+_UNCONDITIONAL = {"counter", "log", "limit", "immediate", "reject"}
+
+_log = logging.getLogger(__name__)
+
+
+def open_up(families: tuple[int, ...] = (nft.IPV4,)) -> list[str]:
+    """Put our rules before every foreign chain that would drop VMs' packets; returns where they were added.
+
+    The interface must exist before this is called, or a VM that ends now may take the rules away.
+
+    Raises:
+        NetworkError: a chain that drops cannot be changed.
+    """
+    added = []
+    with nft.open_socket() as sock:
+        for family in families:
+            hooked, legacy = _hooked(sock, family)
+            if hooked or legacy:
+                with _lock():
+                    for base in hooked:
+                        if _drops(sock, base):
+                            added += _insert(sock, _place(sock, base))
+                    if legacy:
+                        added += _insert_legacy(LEGACY[family][0])
+    return added
+
+
+def sweep(ending: str = "") -> None:
+    """Take our rules away if no VM is there, not counting the interface ``ending``; quietly, whatever is in the way."""
+    with suppress(OSError, FcvmError), nft.open_socket() as sock:
+        for family in (nft.IPV4, nft.IPV6):
+            hooked, legacy = _hooked(sock, family)
+            if hooked or legacy:
+                with _lock():
+                    if _vms(ending):
+                        return
+                    batch = nft.Batch()
+                    for rule in [rule for base in hooked for rule in _ours(sock, _place(sock, base))]:
+                        batch.delete_rule(rule)
+                    batch.commit(sock)
+                    if legacy:
+                        _remove_legacy(LEGACY[family][0])
+
+
+def _vms(ending: str) -> bool:
+    with rtnetlink.open_socket() as route:
+        return any(link.name.startswith(PREFIX) and link.name != ending for link in rtnetlink.links(route))
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    with locked(default_runtime_dir() / "firewall.lock"):
+        yield
+
+
+def _hooked(sock: netlink.Socket, family: int) -> tuple[list[Chain], bool]:
+    """The filter chains on the forward hook of a family, and whether legacy iptables is there too."""
+    head = bytes([family, 0, 0, 0])
+    request = Message(NFNL_SUBSYS_HOOK << 8, 0, head + attribute(NFNLA_HOOK_HOOKNUM, nft.FORWARD.to_bytes(4, "big")))
+    try:
+        listed = sock.dump(request)
+    except NetlinkError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT):
+            raise
+        # a kernel without nfnetlink_hook (before 5.14, or left out): look through all chains
+        every = [c for c in nft.chains(sock) if c.hook == nft.FORWARD and c.family in (family, nft.INET)]
+        return [c for c in every if c.type == "filter"], False
+    found = []
+    legacy = False
+    for _, body in listed:
+        values = attributes(body[4:])
+        info = attributes(values.get(NFNLA_HOOK_CHAIN_INFO, b""))
+        named = attributes(info.get(NFNLA_HOOK_INFO_DESC, b""))
+        if NFNLA_CHAIN_NAME in named:
+            table, name = (named[key].rstrip(b"\0").decode() for key in (NFNLA_CHAIN_TABLE, NFNLA_CHAIN_NAME))
+            chain = nft.chain(sock, named[NFNLA_CHAIN_FAMILY][0], table, name)
+            if chain is not None and chain.type == "filter":
+                found.append(chain)
+        function = values.get(NFNLA_HOOK_FUNCTION_NAME, b"").decode(errors="replace")
+        legacy = legacy or function.startswith(LEGACY[family][1])
+    return found, legacy
+
+
+def _drops(sock: netlink.Socket, base: Chain) -> bool:
+    """Whether a chain drops what none of its rules accepts."""
+    if base.policy == nft.DROP:
+        return True
+    last = nft.rules(sock, base.family, base.table, base.name)[-1:]
+    return bool(last) and set(last[0].expressions) <= _UNCONDITIONAL and last[0].refuses
+
+
+def _place(sock: netlink.Socket, base: Chain) -> Chain:
+    """The chain at whose head our rules belong."""
+    return nft.chain(sock, base.family, base.table, DOCKER_USER) or base
+
+
+def _ours(sock: netlink.Socket, chain: Chain) -> list[nft.Rule]:
+    return [r for r in nft.rules(sock, chain.family, chain.table, chain.name) if r.comment == COMMENT]
+
+
+def _insert(sock: netlink.Socket, chain: Chain) -> list[str]:
+    if _ours(sock, chain):
+        return []
+    batch = nft.Batch()
+    for match in (nft.oifname(INTERFACES), nft.iifname(INTERFACES)):
+        expressions = (match, nft.counter(), nft.verdict(nft.ACCEPT))
+        batch.rule(chain.table, chain.name, *expressions, family=chain.family, first=True, comment=COMMENT)
+    where = f"{chain.table} {chain.name}"
+    try:
+        batch.commit(sock)
+    except NetlinkError as error:
+        if error.errno == errno.EPERM and chain.table == "firewalld":  # firewalld 2 owns its table
+            return _trust_firewalld()
+        raise NetworkError(
+            f"The firewall chain {where} drops what VMs send, and cannot be changed: {error.strerror}.",
+            hint=f'allow forwarding from and to interfaces named "{INTERFACES}" there, or use --network rootless',
+        ) from error
+    _log.info("Added rules for %s to the firewall chain %s.", INTERFACES, where)
+    return [where]
+
+
+def _trust_firewalld() -> list[str]:
+    """firewalld has a zone whose networks may do everything, until it is reloaded."""
+    for pool in POOLS:
+        process.run(["firewall-cmd", "--quiet", "--zone=trusted", f"--add-source={pool}"])
+    return ["firewalld trusted"]
+
+
+def _legacy_rules() -> list[list[str]]:
+    comment = ["-m", "comment", "--comment", COMMENT, "-j", "ACCEPT"]
+    return [[way, f"{PREFIX}+", *comment] for way in ("-i", "-o")]
+
+
+def _insert_legacy(program: str) -> list[str]:
+    listed = _legacy(program, "-S", "FORWARD")
+    if listed is None or "-P FORWARD DROP" not in listed:
+        return []
+    chain = DOCKER_USER if f"-j {DOCKER_USER}" in listed else "FORWARD"
+    missing = [rule for rule in _legacy_rules() if _legacy(program, "-C", chain, *rule) is None]
+    for rule in missing:
+        process.run([program, "-w", "-I", chain, *rule])
+    return [f"{program} {chain}"] if missing else []
+
+
+def _remove_legacy(program: str) -> None:
+    for chain in (DOCKER_USER, "FORWARD"):
+        for rule in _legacy_rules():
+            while _legacy(program, "-D", chain, *rule) is not None:
+                pass
+
+
+def _legacy(program: str, *arguments: str) -> str | None:
+    """What the program prints; None if it fails."""
+    done = process.run([program, "-w", *arguments], check=False)
+    return done.stdout.decode() if done.returncode == 0 else None

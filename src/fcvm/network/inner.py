@@ -1,0 +1,141 @@
+"""Inside a VM's namespace: the tap towards the guest, the translation, and the sockets that serve the guest.
+
+Both modes have the same inside. What differs is the uplink: the end of a veth pair (bridged) or the tap of slirp4netns
+(rootless), always called ``up0``.
+
+    guest 10.0.2.100 -- tap0 10.0.2.2 [ namespace: NAT ] up0 -- the host
+                             10.0.2.3 resolver
+
+What leaves by up0 has up0's address; what the host sends to that address goes to the guest. The gateway's address stands for
+the host: it is translated to an address of the host, except for the ports of ``--forward-localhost``, where a relay of ours
+listens and connects to the host's loopback from outside.
+"""
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
+from pathlib import Path
+
+from fcvm.linux import nft, rtnetlink
+from fcvm.linux.netlink import Message
+from fcvm.linux.rtnetlink import DEVCONF_FORWARDING
+from fcvm.network import guest
+from fcvm.network.publish import Publish
+from fcvm.network.spec import Port
+
+UPLINK = "up0"
+TABLE = "fcvm"
+LOOPBACK = 1  # the first interface of every namespace
+DNS_PORT = 53
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """``up0``'s addresses, its gateways, and how the host is reached.
+
+    Attributes:
+        host: what the gateway's address 10.0.2.2 is translated to; None where nothing is known to stand for the host.
+        trusted: an address from which every port of the guest may be reached; None: from any that come through up0.
+    """
+
+    address: IPv4Interface
+    gateway: IPv4Address
+    host: IPv4Address | None
+    trusted: IPv4Address | None
+    mtu: int
+    address6: IPv6Interface | None = None
+    gateway6: IPv6Interface | None = None
+
+
+def configure(uplink: Uplink) -> None:
+    """Bring lo, tap0 and up0 up, with addresses and routes; both must exist. In the namespace.
+
+    Raises:
+        NetlinkError: the kernel refused something.
+    """
+    tap, up = socket.if_nametoindex(guest.TAP), socket.if_nametoindex(UPLINK)
+    forward = {DEVCONF_FORWARDING: 1}
+    messages: list[Message] = [
+        rtnetlink.set_link(LOOPBACK),
+        rtnetlink.set_link(tap, mtu=uplink.mtu, mac=guest.GATEWAY_MAC, conf=forward),
+        rtnetlink.set_link(up, mtu=uplink.mtu, conf=forward),
+        rtnetlink.address(tap, guest.GATEWAY),
+        rtnetlink.address(tap, guest.RESOLVER),
+        rtnetlink.neighbour(tap, guest.ADDRESS.ip, guest.MAC),
+        rtnetlink.address(up, uplink.address),
+        rtnetlink.default_route(uplink.gateway, up),
+    ]
+    if uplink.address6 and uplink.gateway6:
+        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+        messages += [
+            rtnetlink.address(tap, guest.GATEWAY6),
+            rtnetlink.neighbour(tap, guest.ADDRESS6.ip, guest.MAC),
+            rtnetlink.address(up, uplink.address6),
+            rtnetlink.default_route(uplink.gateway6.ip, up),
+        ]
+    with rtnetlink.open_socket() as route:
+        route.request(messages)
+
+
+def translate(uplink: Uplink, forwarded: Iterable[Port]) -> None:
+    """Load the namespace's table. In the namespace.
+
+    Raises:
+        NetlinkError: the kernel refused something.
+    """
+    to_guest = nft.dnat(guest.ADDRESS.ip)
+    batch = nft.Batch()
+    batch.table(TABLE)
+    batch.chain(TABLE, "prerouting", type="nat", hook=nft.PREROUTING, priority=nft.DSTNAT)
+    source = [nft.saddr(uplink.trusted)] if uplink.trusted else [nft.nfproto(nft.IPV4)]
+    batch.rule(TABLE, "prerouting", nft.iifname(UPLINK), *source, to_guest)
+    from_guest = [nft.iifname(guest.TAP), nft.daddr(guest.GATEWAY.ip)]
+    for port in forwarded:
+        match = nft.dport(port.protocol, port.number)
+        batch.rule(TABLE, "prerouting", *from_guest, match, nft.verdict(nft.ACCEPT))
+    if uplink.host is not None:
+        for protocol in nft.PROTOCOLS:
+            batch.rule(TABLE, "prerouting", *from_guest, nft.l4proto(protocol), nft.dnat(uplink.host))
+    batch.chain(TABLE, "postrouting", type="nat", hook=nft.POSTROUTING, priority=nft.SRCNAT)
+    batch.rule(TABLE, "postrouting", nft.oifname(UPLINK), nft.nfproto(nft.IPV4), nft.snat(uplink.address.ip))
+    if uplink.address6:
+        batch.rule(TABLE, "postrouting", nft.oifname(UPLINK), nft.nfproto(nft.IPV6), nft.snat(uplink.address6.ip))
+    # the relays that listen here are for the guest alone
+    batch.chain(TABLE, "input", type="filter", hook=nft.INPUT, priority=nft.FILTER)
+    for protocol in nft.PROTOCOLS:
+        batch.rule(TABLE, "input", nft.iifname(UPLINK), nft.l4proto(protocol), nft.verdict(nft.DROP))
+    batch.chain(TABLE, "forward", type="filter", hook=nft.FORWARD, priority=nft.FILTER, policy=nft.DROP)
+    accept = nft.verdict(nft.ACCEPT)
+    batch.rule(TABLE, "forward", nft.iifname(guest.TAP), nft.oifname(UPLINK), accept)
+    inwards = [nft.iifname(UPLINK), nft.oifname(guest.TAP)]
+    batch.rule(TABLE, "forward", *inwards, nft.ct_state("established", "related"), accept)
+    batch.rule(TABLE, "forward", *inwards, nft.ct_dnat(), accept)
+    with nft.open_socket() as sock:
+        batch.commit(sock)
+
+
+def admit(published: Iterable[Publish]) -> list[int]:
+    """Let everybody, not only the host itself, reach these ports of the guest; opens no fd. In the namespace."""
+    batch = nft.Batch()
+    for publish in published:
+        match = nft.dport(publish.protocol, publish.guest_port)
+        batch.rule(TABLE, "prerouting", nft.iifname(UPLINK), nft.nfproto(nft.IPV4), match, nft.dnat(guest.ADDRESS.ip))
+    with nft.open_socket() as sock:
+        batch.commit(sock)
+    return []
+
+
+def listen(forwarded: Sequence[Port]) -> list[int]:
+    """Sockets that serve the guest: the resolver's UDP and TCP, then one for each forwarded port. In the namespace."""
+    wanted = [(guest.RESOLVER, Port(DNS_PORT, "udp")), (guest.RESOLVER, Port(DNS_PORT, "tcp"))]
+    wanted += [(guest.GATEWAY, port) for port in forwarded]
+    sockets = []
+    for interface, port in wanted:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM)
+        sock.bind((str(interface.ip), port.number))
+        if port.protocol == "tcp":
+            sock.listen(_BACKLOG)
+        sockets.append(sock)
+    return [sock.detach() for sock in sockets]

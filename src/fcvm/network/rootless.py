@@ -1,0 +1,136 @@
+"""Rootless networking, for everyone: a user namespace, a network namespace in it, and slirp4netns as its uplink.
+
+    guest -- tap0 [ namespace ] up0 -- slirp4netns -- sockets of an ordinary process on the host
+
+No rights are needed, neither newuidmap nor /etc/subuid: the user namespace knows one user. The tap that slirp4netns attaches to
+is made, and everything configured, before it starts, so all it does is to open it.
+"""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
+from pathlib import Path
+
+from fcvm import process
+from fcvm.errors import NetworkError
+from fcvm.linux import namespaces, netlink, rtnetlink, tap
+from fcvm.linux.namespaces import Namespace
+from fcvm.linux.netlink import NetlinkError
+from fcvm.network import guest, host, inner, ports, relay
+from fcvm.network import slirp as slirps
+from fcvm.network.inner import Uplink
+from fcvm.network.loop import Loop
+from fcvm.network.ports import Reservation
+from fcvm.network.publish import Publish
+from fcvm.network.slirp import Slirp
+from fcvm.network.spec import NetworkSpec
+from fcvm.network.subnets import POOLS
+
+_ANY = {"": "0.0.0.0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rootless:
+    """A rootless network that is up: what ``attach.Network`` needs of it."""
+
+    namespace: Namespace
+    sockets: tuple[socket.socket, ...]
+    ipv6: bool
+    slirp: Slirp
+    uplink: Uplink
+    mtu: int = slirps.MTU
+    changed: tuple[str, ...] = ()
+    host_ip: str | None = None
+    interface: str | None = None
+
+    @property
+    def watch(self) -> tuple[tuple[int, str], ...]:
+        """slirp4netns: without it the VM is cut off."""
+        return ((self.slirp.pidfd, slirps.DIED),)
+
+    def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None:
+        """Let ports of the host lead to the guest: IPv4 by slirp4netns, IPv6 by a relay to a port of slirp4netns."""
+        for reservation in reservations:
+            publish = reservation.publish
+            if any(held.family == socket.AF_INET for held in reservation.sockets):
+                # slirp4netns binds the port itself, so we have to let go of it first
+                for held in reservation.sockets:
+                    if held.family == socket.AF_INET:
+                        held.close()
+                ip, port = _ANY.get(publish.host_ip, publish.host_ip), publish.host_port
+                self._forward(publish, ip, port)
+                near = "127.0.0.1" if ip == "0.0.0.0" else ip
+            else:
+                near, port = self._behind(publish)
+            for held in reservation.sockets:
+                if held.family == socket.AF_INET6:
+                    relay.start(loop, held, [relay.target(near, port)])
+
+    def _behind(self, publish: Publish) -> tuple[str, int]:
+        """A port of the loopback for a relay to connect to."""
+        (reservation,) = ports.reserve([Publish("127.0.0.1", 0, publish.guest_port, publish.protocol)])
+        reservation.close()
+        port = reservation.publish.host_port
+        self._forward(publish, "127.0.0.1", port)
+        return "127.0.0.1", port
+
+    def _forward(self, publish: Publish, ip: str, port: int) -> None:
+        inside = str(self.uplink.address.ip)
+        self.slirp.forward(publish.protocol, ip, port, inside, publish.guest_port)
+
+
+@contextmanager
+def rootless(spec: NetworkSpec, directory: Path) -> Iterator[Rootless]:
+    """A rootless network, until the block is left.
+
+    Raises:
+        HostError: slirp4netns or /dev/net/tun is missing, or this host refuses user namespaces.
+        NetworkError: slirp4netns or the kernel refuses; nothing is left behind.
+    """
+    process.find("slirp4netns")
+    with ExitStack() as undo:
+        try:
+            yield _set_up(spec, directory, undo)
+        except NetlinkError as error:
+            raise NetworkError(f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor") from error
+
+
+def _set_up(spec: NetworkSpec, directory: Path, undo: ExitStack) -> Rootless:
+    with rtnetlink.open_socket() as route:
+        network = _network(route)
+        ipv6 = host.uplink(route, 6) is not None
+    uplink = Uplink(
+        address=IPv4Interface((network[slirps.ADDRESS], 24)),
+        gateway=network[slirps.GATEWAY],
+        host=host.address(),
+        trusted=None,
+        mtu=slirps.MTU,
+        address6=IPv6Interface(slirps.ADDRESS6) if ipv6 else None,
+        gateway6=IPv6Interface(slirps.GATEWAY6) if ipv6 else None,
+    )
+
+    def furnish() -> list[int]:
+        tap.create(guest.TAP)
+        tap.create(inner.UPLINK, vnet_header=False)
+        inner.configure(uplink)
+        inner.translate(uplink, spec.forward_localhost)
+        return inner.listen(spec.forward_localhost)
+
+    namespace, fds = namespaces.create(furnish, user=True)
+    undo.enter_context(namespace)
+    sockets = tuple(undo.enter_context(relay.adopt(fd)) for fd in fds)
+    helper = undo.enter_context(slirps.slirp(namespace, inner.UPLINK, network, directory, ipv6=ipv6))
+    return Rootless(namespace, sockets, ipv6, helper, uplink)
+
+
+def _network(route: netlink.Socket) -> IPv4Network:
+    """A /24 for slirp4netns that hides no network of the host's from the guest."""
+    for pool in POOLS:
+        for third in (255, 127, 63):
+            network = IPv4Network((int(pool.network_address) + (third << 8), 24))
+            found = [rtnetlink.match(route, ip) for ip in (network[slirps.GATEWAY], network[slirps.ADDRESS])]
+            if not any(route and route.destination.prefixlen >= 8 for route in found):
+                return network
+    return IPv4Network((int(POOLS[-1].network_address), 24))
