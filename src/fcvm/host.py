@@ -84,10 +84,7 @@ def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], ma
     return Kvm(True, f"{device} works ({extension or machine}).")
 
 
-NO_EXTENSION_HINT = (
-    "turn on virtualization in the firmware or, on a virtual machine, nested virtualization; until then fcvm runs its VMs in "
-    "an emulated host: fcvm machine start"
-)
+NO_EXTENSION_HINT = "turn on virtualization in the firmware; on a virtual machine, nested virtualization where it runs"
 
 
 def uses_machine(config: Config) -> bool:

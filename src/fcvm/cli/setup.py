@@ -27,9 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     if args.generate_config:
-        from fcvm import config
+        from fcvm.config import generate
 
-        print(config.generate(), end="")
+        print(generate(), end="")
         return 0
 
     from fcvm.setup import build, progress, storage
