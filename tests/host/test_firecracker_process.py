@@ -60,7 +60,9 @@ def test_requests_sent_ahead_are_answered_in_order(vmm: Firecracker, tmp_path: P
     try:
         for api in apis:
             api.send("GET", "/version")
-        assert {api.receive()["firecracker_version"] for api in apis} == {vmm.api.get("/version")["firecracker_version"]}
+        assert {api.receive()["firecracker_version"] for api in apis} == {
+            vmm.api.get("/version")["firecracker_version"]
+        }
     finally:
         for api in apis:
             api.close()

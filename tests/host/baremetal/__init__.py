@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from fcvm.firecracker import boot
 from fcvm.firecracker.process import VSOCK, Firecracker
 from fcvm.linux import inotify, sockets
 from fcvm.process import run
-from fcvm.storage.layout import publish
+from fcvm.snapshots import create, restore, store
+from fcvm.snapshots.manifest import Manifest, this_host
+from fcvm.snapshots.store import Snapshot
+from fcvm.storage.layout import Layout, publish
 
 SOURCES = Path(__file__).parent
-CFLAGS = (
-    "-O2 -Wall -Wextra -Werror -ffreestanding -nostdlib -static -fno-pic -no-pie -mno-red-zone -mgeneral-regs-only "
-    "-fno-stack-protector -Wl,--build-id=none -Wl,--no-warn-rwx-segments"
-).split()
+CFLAGS = [
+    *("-O2", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-no-pie"),
+    *("-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector"),
+    *("-Wl,--build-id=none", "-Wl,--no-warn-rwx-segments"),
+]
 
 PAGE = 4096
 FIRST = (32 << 20) // PAGE  # the first page that the guest itself does not use
@@ -194,3 +199,45 @@ def wrong_in_file(memory: Path, first: int, count: int, seed: int) -> int:
             data = file.read(PAGE)
             bad += struct.unpack("<Q", data[:8]) + struct.unpack("<Q", data[-8:]) != pattern(page, seed)
     return bad
+
+
+def manifest(vmm: Firecracker, memory: int = 64) -> Manifest:
+    """That of a snapshot of a bare-metal guest; it names no shared disks."""
+    return Manifest(
+        hardware=hardware(memory),
+        disks={},
+        firecracker=vmm.api.get("/version")["firecracker_version"],
+        host=this_host(),
+        created_at=time.time(),
+    )
+
+
+def snapshot(layout: Layout, tag: str, vmm: Firecracker) -> Snapshot:
+    """Take a snapshot of a guest made by ``booted``, and publish it."""
+    create.take(layout, tag, vmm, manifest(vmm))
+    return store.find(layout, tag)
+
+
+def furnish_clone(directory: Path, of: Snapshot, *, memory_socket: Path | None = None) -> None:
+    """Put the files of a clone of a bare-metal guest into ``directory``."""
+    directory.mkdir(parents=True)
+    for name in (boot.ROOT_DISK, boot.IMAGE_DISK):
+        (directory / name).write_bytes(name.encode().ljust(4096, b"\0"))
+    restore.furnish(directory, of, {}, memory_socket=memory_socket)
+
+
+@contextlib.contextmanager
+def clone(
+    directory: Path,
+    of: Snapshot,
+    *,
+    backend: restore.Backend = "file",
+    memory_socket: Path | None = None,
+    resume: bool = True,
+    dirty_tracking: bool = True,
+) -> Iterator[Firecracker]:
+    """A restored guest in ``directory``, made for it."""
+    furnish_clone(directory, of, memory_socket=memory_socket)
+    with Firecracker(firecracker(), directory, "clone") as vmm:
+        restore.load(vmm, of, backend=backend, resume=resume, dirty_tracking=dirty_tracking)
+        yield vmm
