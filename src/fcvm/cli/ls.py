@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         print(json.dumps([record.public() for record in found], indent=2))
     else:
-        rows = [("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "IMAGE", "CREATED", "PID")]
+        rows: list[tuple[str, ...]] = [("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "IMAGE", "CREATED", "PID")]
         rows += [_row(record) for record in found]
         print(table(rows))
     return 0

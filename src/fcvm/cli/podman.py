@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--publish", "-p", action="append", default=[], metavar="[IP:][HOST:]GUEST[/udp]", help="publish a port on the host")
     add("--network", metavar="MODE", choices=("rootless", "bridged", "none"), help="rootless, bridged or none (default: bridged as root)")
     add("--forward-localhost", action="append", default=[], metavar="PORTS", help="let the guest reach these ports of the host's loopback")
+    add("--dns", action="append", default=[], metavar="IP", help="resolver to ask instead of the host's")
     add("--health-check", metavar="URL", help="healthy when this URL answers in the guest (default: the image's HEALTHCHECK)")
     add("--stop-timeout", metavar="SECONDS", help="from stop signal to kill (default: the setting stop_timeout)")
     add("--kernel", metavar="FILE", help="boot this vmlinux instead of the one from setup")
@@ -58,9 +59,10 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
     draft = _check(args, context)
     if args.setup:
-        from fcvm.setup.progress import Progress
+        from fcvm.setup import progress
 
-        setup.ensure(context.config, context.layout, Progress())
+        with progress.open() as shown:
+            setup.ensure(context.config, context.layout, shown)
     else:
         setup.find(context.config, context.layout)
 
@@ -73,11 +75,13 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     """The fields of the RunSpec, all but the image: cheap checks come before any work."""
+    from fcvm.network import spec as network
     from fcvm.vm import spec, state
 
     config = context.config
     if not args.words:
         raise UsageError("No image is named.", hint="fcvm podman run IMAGE")
+    network.parse(args.network, args.publish, args.forward_localhost, args.dns)
     command = args.words[1:]
     if command[:1] == ["--"]:
         command = command[1:]
@@ -121,6 +125,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "network": args.network,
         "publish": args.publish,
         "forward_localhost": args.forward_localhost,
+        "dns": args.dns,
         "timings": args.timings,
     }
 

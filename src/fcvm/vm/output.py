@@ -22,7 +22,7 @@ MAX_CHUNK = 16 << 20
 
 Stream = Literal["stdout", "stderr"]
 _CHANGES = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_DELETE | inotify.IN_MOVED_TO | inotify.IN_DELETE_SELF
-_NUMBER: dict[Stream, int] = {"stdout": 1, "stderr": 2}
+_NUMBER: dict[str, int] = {"stdout": 1, "stderr": 2}
 
 
 class Output:
@@ -42,9 +42,9 @@ class Output:
         self.show = show
         self.prefix = prefix
         self.closed = False
-        self.line_open: dict[Stream, bool] = {"stdout": False, "stderr": False}
+        self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
 
-    def write(self, stream: Stream, data: bytes) -> None:
+    def write(self, stream: str, data: bytes) -> None:
         """One chunk of ``stream``. Raises BrokenPipeError, once, if our reader has gone."""
         self.log.write(RECORD.pack(time.time_ns(), _NUMBER[stream], len(data)) + data)
         if self.show and not self.closed:
@@ -54,7 +54,7 @@ class Output:
                 self.closed = True
                 raise
 
-    def _prefixed(self, stream: Stream, data: bytes) -> bytes:
+    def _prefixed(self, stream: str, data: bytes) -> bytes:
         mark = b"[ctr:out] " if stream == "stdout" else b"[ctr:err] "
         start = b"" if self.line_open[stream] else mark
         self.line_open[stream] = not data.endswith(b"\n")

@@ -5,6 +5,7 @@ answer is one line, ``{"ok": true, ...}`` or ``{"error": ..., "hint": ...}``, or
 supervisor ends.
 """
 
+import contextlib
 import json
 import socket
 from pathlib import Path
@@ -54,11 +55,8 @@ def read_line(connection: socket.socket) -> bytes:
 
 def answer(connection: socket.socket, reply: dict[str, Any]) -> None:
     """Send ``reply`` and close; a caller that has gone does not matter."""
-    with connection:
-        try:
-            connection.sendall(json.dumps(reply).encode() + b"\n")
-        except OSError:
-            pass
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(json.dumps(reply).encode() + b"\n")
 
 
 def failure(error: FcvmError) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class RunSpec:
     network: str | None = None
     publish: list[str] = field(default_factory=list)
     forward_localhost: list[str] = field(default_factory=list)
+    dns: list[str] = field(default_factory=list)
     volumes: list[str] = field(default_factory=list)
     timings: bool = False
     snapshot: bool = True

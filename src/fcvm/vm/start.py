@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fcvm import host, hostpath, network
+from fcvm import host, hostpath
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
-from fcvm.images import store
+from fcvm.images.adopt import adopt
+from fcvm.network import attach
+from fcvm.network import spec as network_spec
+from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.setup.kernel import boot_args
 from fcvm.storage import disks
@@ -26,9 +29,10 @@ if TYPE_CHECKING:
 class Start(Protocol):
     """The steps of a start; ``snapshot`` is the tag that it is from, None for a boot."""
 
-    snapshot: str | None
+    @property
+    def snapshot(self) -> str | None: ...
 
-    def network(self, vm: "Supervisor") -> AbstractContextManager[network.Network]: ...
+    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]: ...
 
     def disks(self, vm: "Supervisor") -> None: ...
 
@@ -44,9 +48,10 @@ class Boot:
     assets: Assets
     snapshot: str | None = None
 
-    def network(self, vm: "Supervisor") -> AbstractContextManager[network.Network]:
+    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
-        return network.create(network_spec(vm), vm.id, vm.directory)
+        spec = network_spec.parse(vm.spec.network, vm.spec.publish, vm.spec.forward_localhost, vm.spec.dns)
+        return attach.create(spec, vm.id, vm.directory)
 
     def disks(self, vm: "Supervisor") -> None:
         """Root, kernel, initrd and image by symbolic link, scratch as a clone of the formatted template."""
@@ -55,7 +60,7 @@ class Boot:
         link(self.assets.root_image, directory / boot.ROOT_DISK)
         link(kernel, directory / boot.KERNEL)
         link(self.assets.initrd, directory / boot.INITRD)
-        link(store.adopt(hostpath.resolve(vm.spec.image.path), vm.layout), directory / boot.IMAGE_DISK)
+        link(adopt(hostpath.resolve(vm.spec.image.path), vm.layout), directory / boot.IMAGE_DISK)
         disks.make_scratch(vm.layout, vm.spec.scratch_size, directory / boot.SCRATCH_DISK)
 
     def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
@@ -76,13 +81,6 @@ class Boot:
         boot.configure(vm.firecracker.api, hardware)
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
-
-
-def network_spec(vm: "Supervisor") -> network.NetworkSpec:
-    """What the VM's options say about its network."""
-    return network.NetworkSpec.from_options(
-        mode=vm.spec.network, publish=vm.spec.publish, forward_localhost=vm.spec.forward_localhost
-    )
 
 
 def link(target: Path, name: Path) -> None:

@@ -30,8 +30,7 @@ from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, Netwo
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import operations, output, paths, rpc, state
-from fcvm.vm.plan import make_plan
+from fcvm.vm import operations, output, paths, plan, rpc, state
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -167,16 +166,10 @@ class Supervisor:
         self.timings.mark("network")
         self._start.disks(self)
         self.timings.mark("disks")
-        self.output = stack.enter_context(
-            contextlib.closing(
-                output.Output(
-                    self.directory / output.LOG,
-                    self.config.log_size << 20,
-                    show=not spec.detach,
-                    prefix=bool(spec.log_prefix) and not spec.tty,
-                )
-            )
-        )
+        log_file, limit = self.directory / output.LOG, self.config.log_size << 20
+        prefix = bool(spec.log_prefix) and not spec.tty
+        self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix)
+        stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
         self.firecracker: Firecracker = stack.enter_context(self._start.firecracker(self))
         self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
@@ -203,8 +196,8 @@ class Supervisor:
         watch(self.control, selectors.EVENT_READ, self._on_control)
         watch(self._requests, selectors.EVENT_READ, self._on_request)
         watch(self._asked, selectors.EVENT_READ, self._on_ask)
-        for fd in self.network.watch:
-            watch(fd, selectors.EVENT_READ, self._on_network_end)
+        for fd, message in self.network.watch:
+            watch(fd, selectors.EVENT_READ, partial(self._on_network_end, message))
         while not self._over():
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             ready = self._selector.select(timeout)
@@ -238,8 +231,8 @@ class Supervisor:
         self.firecracker.console.join()
         raise _post_mortem(self.firecracker, self.spec)
 
-    def _on_network_end(self) -> None:
-        raise NetworkError("The VM's network ended: its slirp4netns died.", hint="fcvm podman run again")
+    def _on_network_end(self, message: str) -> None:
+        raise NetworkError(message)
 
     def _on_control(self) -> None:
         for message in self.control.receive():
@@ -255,7 +248,7 @@ class Supervisor:
             self.timings.mark("kernel and agent")
             self._phase = "planned"
             self._deadline = None
-            self.control.send(make_plan(self))
+            self.control.send(plan.message(self))
         if known.get("health"):
             self._on_health_message({"status": known["health"]})
         if known.get("exit") and self._exit is None:

@@ -1,0 +1,61 @@
+"""What the guest's agent is told to do, made of a VM's spec."""
+
+import base64
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan
+from fcvm.agent.control import new_machine_id
+from fcvm.agent.terminal import size
+from fcvm.vm.spec import RunSpec
+
+if TYPE_CHECKING:
+    from fcvm.vm.supervisor import Supervisor
+
+ENTROPY = 64  # bytes of the host's randomness for each guest
+
+
+def message(vm: "Supervisor") -> dict[str, Any]:
+    """The ``plan`` message for a VM whose agent waits for one."""
+    plan = Plan(identity=identity(vm), container=container(vm.spec), network=network(vm))
+    return {"type": "plan", **plan.to_json()}
+
+
+def identity(vm: "Supervisor", *, drop_sessions: bool = False) -> Identity:
+    """A fresh identity, with the time of now."""
+    return Identity(
+        hostname=vm.spec.name,
+        machine_id=new_machine_id(),
+        entropy=base64.b64encode(os.urandom(ENTROPY)).decode(),
+        wall_clock_ns=time.time_ns(),
+        drop_sessions=drop_sessions,
+    )
+
+
+def network(vm: "Supervisor") -> NetworkPlan | None:
+    """What the guest's interface is to be configured with."""
+    return NetworkPlan.from_json(vm.network.guest.json())
+
+
+def container(spec: RunSpec) -> ContainerPlan:
+    """The container's part."""
+    rows, columns = size(0) if spec.tty and not spec.detach else (24, 80)
+    return ContainerPlan(
+        image=spec.image.id,
+        name=spec.name,
+        entrypoint=spec.entrypoint,
+        command=spec.command,
+        env=spec.env,
+        user=spec.user,
+        workdir=spec.workdir,
+        privileged=spec.privileged,
+        labels=spec.labels,
+        tty=spec.tty,
+        stdin=spec.interactive,
+        stop_timeout=spec.stop_timeout,
+        hostname=spec.name,
+        health=HealthPlan(kind="http", url=spec.health_check) if spec.health_check else HealthPlan(kind="image"),
+        rows=rows,
+        columns=columns,
+    )
