@@ -9,7 +9,9 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "bash: eval \"$(fcvm completions bash)\"; zsh: the same in .zshrc; fish: fcvm completions fish | source"
+    parser.epilog = (
+        'bash: eval "$(fcvm completions bash)"; zsh: the same in .zshrc; fish: fcvm completions fish | source'
+    )
     parser.add_argument("shell", choices=SHELLS, help="bash, zsh or fish")
 
 

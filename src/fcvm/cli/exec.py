@@ -22,7 +22,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--vm", action="store_true", help="in the guest OS instead of the container")
     add("--interactive", "-i", action="store_true", help="pass our stdin on")
     add("--tty", "-t", action="store_true", help="give the command a terminal (a shell on a terminal has -it anyway)")
-    add("--env", "-e", action="append", default=[], metavar="K=V", help="environment variable; K=V,K2=V2 lists; K alone: from ours")
+    add(
+        "--env",
+        "-e",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment variable; K=V,K2=V2 lists; K alone: from ours",
+    )
     add("--user", "-u", metavar="USER[:GROUP]", help="user of the command (default: the container's)")
     add("--workdir", "-w", metavar="DIR", help="working directory (default: the container's)")
     add("--privileged", action="store_true", help="all capabilities")
@@ -45,7 +52,9 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     vm = target.find_vm(args, context.layout)
-    connect = partial(vsock.connect, context.layout.vms / vm.id / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+    connect = partial(
+        vsock.connect, context.layout.vms / vm.id / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT
+    )
     request = session.Request(
         args.words,
         target="vm" if args.vm else "container",

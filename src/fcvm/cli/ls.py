@@ -33,7 +33,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         print(json.dumps([record.public() for record in found], indent=2))
     else:
-        rows: list[tuple[str, ...]] = [("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "IMAGE", "CREATED", "PID")]
+        rows: list[tuple[str, ...]] = [
+            ("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "IMAGE", "CREATED", "PID")
+        ]
         rows += [_row(record) for record in found]
         print(table(rows))
     return 0
@@ -73,4 +75,6 @@ def age(seconds: float) -> str:
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows in aligned columns, two spaces apart. By hand: importing rich costs twice what a whole `ls` may."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

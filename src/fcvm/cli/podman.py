@@ -24,7 +24,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="name of the VM, unique among those that live (default: made up)")
     add("--cpu", "--cpus", metavar="N", help="virtual CPUs (default: the setting cpu)")
     add("--mem", "--memory", "-m", metavar="SIZE", help="memory: MiB, or 512m, 2g (default: the setting mem)")
-    add("--env", "-e", action="append", default=[], metavar="K=V", help="environment variable; K=V,K2=V2 lists; K alone: from ours")
+    add(
+        "--env",
+        "-e",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="environment variable; K=V,K2=V2 lists; K alone: from ours",
+    )
     add("--env-file", action="append", default=[], metavar="FILE", help="read variables from a file")
     add("--cmd", metavar="STRING", help="the container's command in one string, split as a shell splits words")
     add("--entrypoint", metavar="STRING", help="replace the image's entrypoint; a string, or a JSON array")
@@ -36,20 +43,59 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--detach", "-d", action="store_true", help="run in the background; print the name")
     add("--interactive", "-i", action="store_true", help="pass our stdin on")
     add("--tty", "-t", action="store_true", help="give the container a terminal")
-    add("--pull", default="missing", metavar="POLICY", choices=("always", "missing", "newer", "never"), help="when to pull: always, missing (default), newer, never")
-    add("--publish", "-p", action="append", default=[], metavar="[IP:][HOST:]GUEST[/udp]", help="publish a port on the host")
-    add("--network", metavar="MODE", choices=("rootless", "bridged", "none"), help="rootless, bridged or none (default: bridged as root)")
-    add("--forward-localhost", action="append", default=[], metavar="PORTS", help="let the guest reach these ports of the host's loopback")
+    add(
+        "--pull",
+        default="missing",
+        metavar="POLICY",
+        choices=("always", "missing", "newer", "never"),
+        help="when to pull: always, missing (default), newer, never",
+    )
+    add(
+        "--publish",
+        "-p",
+        action="append",
+        default=[],
+        metavar="[IP:][HOST:]GUEST[/udp]",
+        help="publish a port on the host",
+    )
+    add(
+        "--network",
+        metavar="MODE",
+        choices=("rootless", "bridged", "none"),
+        help="rootless, bridged or none (default: bridged as root)",
+    )
+    add(
+        "--forward-localhost",
+        action="append",
+        default=[],
+        metavar="PORTS",
+        help="let the guest reach these ports of the host's loopback",
+    )
     add("--dns", action="append", default=[], metavar="IP", help="resolver to ask instead of the host's")
-    add("--health-check", metavar="URL", help="healthy when this URL answers in the guest (default: the image's HEALTHCHECK)")
+    add(
+        "--health-check",
+        metavar="URL",
+        help="healthy when this URL answers in the guest (default: the image's HEALTHCHECK)",
+    )
     add("--stop-timeout", metavar="SECONDS", help="from stop signal to kill (default: the setting stop_timeout)")
     add("--kernel", metavar="FILE", help="boot this vmlinux instead of the one from setup")
     add("--firecracker-args", metavar="STRING", help="more words for Firecracker's command line")
     add("--scratch-size", metavar="SIZE", help="size of the VM's writable disk (default: the setting scratch_size)")
-    add("--log-prefix", action=argparse.BooleanOptionalAction, default=None, help="begin lines with [ctr:out] or [ctr:err] (default: on a terminal)")
+    add(
+        "--log-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="begin lines with [ctr:out] or [ctr:err] (default: on a terminal)",
+    )
+    add("--no-snapshot", action="store_true", help="boot a kernel, even if there is a boot snapshot to start from")
     add("--timings", action="store_true", help="print how long each stage of the start took, on stderr")
     add("--setup", action="store_true", help="run `fcvm setup` first if something is missing")
-    add("words", nargs=argparse.REMAINDER, metavar="IMAGE [--] [COMMAND ...]", help="the image, then the container's command and arguments")
+    add(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="IMAGE [--] [COMMAND ...]",
+        help="the image, then the container's command and arguments",
+    )
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:
@@ -86,7 +132,9 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     if command[:1] == ["--"]:
         command = command[1:]
     if args.cmd is not None and command:
-        raise UsageError("The container's command is given twice: by --cmd and after the image.", hint="leave one of them out")
+        raise UsageError(
+            "The container's command is given twice: by --cmd and after the image.", hint="leave one of them out"
+        )
     if args.tty and not sys.stdin.isatty() and args.interactive and not args.detach:
         raise UsageError("--tty needs a terminal on stdin.", hint="use -i alone to pipe data in")
     if args.detach and args.interactive and not args.tty:
@@ -97,7 +145,9 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     env |= values.pairs(args.env, "--env", environ=os.environ)
     kernel = os.path.abspath(args.kernel) if args.kernel else None
     if kernel and not os.path.isfile(kernel):
-        raise NotFoundError(f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux")
+        raise NotFoundError(
+            f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux"
+        )
     name = state.check_name(args.name) if args.name is not None else f"vm-{state.new_id()[:8]}"
     if args.cmd is not None:
         command = values.words(args.cmd, "--cmd")
@@ -119,13 +169,16 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "interactive": args.interactive,
         "detach": args.detach,
         "remove": args.rm,
-        "stop_timeout": values.number(args.stop_timeout, "--stop-timeout") if args.stop_timeout else config.stop_timeout,
+        "stop_timeout": values.number(args.stop_timeout, "--stop-timeout")
+        if args.stop_timeout
+        else config.stop_timeout,
         "health_check": _url(args.health_check),
         "log_prefix": args.log_prefix,
         "network": args.network,
         "publish": args.publish,
         "forward_localhost": args.forward_localhost,
         "dns": args.dns,
+        "snapshot": not args.no_snapshot,
         "timings": args.timings,
     }
 

@@ -12,7 +12,9 @@ WHERE = "vms"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     target.configure(parser)
-    parser.add_argument("--timeout", "-t", "--time", metavar="SECONDS", help="from stop signal to kill (default: the VM's own)")
+    parser.add_argument(
+        "--timeout", "-t", "--time", metavar="SECONDS", help="from stop signal to kill (default: the VM's own)"
+    )
     parser.add_argument("--all", "-a", action="store_true", help="all VMs that run")
     parser.add_argument("words", nargs="*", metavar="NAME")
 

@@ -58,7 +58,9 @@ def env_file(path: str) -> dict[str, str]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise NotFoundError(f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}.") from error
+        raise NotFoundError(
+            f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}."
+        ) from error
     result = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -88,7 +90,9 @@ def number(text: str, option: str, *, least: int = 0) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise UsageError(f"{option} takes a whole number from {least} on, not {text!r}.", hint=f"{option} {max(least, 1)}")
+        raise UsageError(
+            f"{option} takes a whole number from {least} on, not {text!r}.", hint=f"{option} {max(least, 1)}"
+        )
     return value
 
 

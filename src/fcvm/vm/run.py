@@ -14,9 +14,9 @@ from fcvm import setup
 from fcvm.config import Config
 from fcvm.errors import FcvmError
 from fcvm.storage.layout import Layout
-from fcvm.vm import rpc, state
+from fcvm.vm import boot_snapshot, rpc, state
 from fcvm.vm.spec import RunSpec
-from fcvm.vm.start import Boot, Start
+from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -28,7 +28,8 @@ class Killed(BaseException):
 
 def how_to_start(spec: RunSpec, config: Config) -> Start:
     """The quickest start there is for ``spec``."""
-    return Boot(setup.find(config, Layout(config.base_dir)))
+    layout = Layout(config.base_dir)
+    return boot_snapshot.choose(spec, setup.find(config, layout), layout)
 
 
 def foreground(spec: RunSpec, config: Config) -> int:

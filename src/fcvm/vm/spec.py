@@ -87,5 +87,7 @@ def check_cpu(count: int) -> int:
 def check_memory(mib: int) -> int:
     """``mib`` if a VM can have so much memory; raises UsageError."""
     if not MIN_MEMORY <= mib <= MAX_MEMORY:
-        raise UsageError(f"A VM has {MIN_MEMORY} MiB to {MAX_MEMORY >> 10} GiB of memory, not {mib} MiB.", hint="--mem 1g")
+        raise UsageError(
+            f"A VM has {MIN_MEMORY} MiB to {MAX_MEMORY >> 10} GiB of memory, not {mib} MiB.", hint="--mem 1g"
+        )
     return mib

@@ -21,6 +21,7 @@ from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.setup.kernel import boot_args
 from fcvm.storage import disks
+from fcvm.vm.spec import RunSpec
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
@@ -39,6 +40,8 @@ class Start(Protocol):
     def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]: ...
 
     def go(self, vm: "Supervisor") -> None: ...
+
+    def waiting(self, vm: "Supervisor") -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,11 @@ class Boot:
         link(kernel, directory / boot.KERNEL)
         link(self.assets.initrd, directory / boot.INITRD)
         link(adopt(hostpath.resolve(vm.spec.image.path), vm.layout), directory / boot.IMAGE_DISK)
-        disks.make_scratch(vm.layout, vm.spec.scratch_size, directory / boot.SCRATCH_DISK)
+        self.scratch(vm)
+
+    def scratch(self, vm: "Supervisor") -> None:
+        """The VM's writable disk."""
+        disks.make_scratch(vm.layout, vm.spec.scratch_size, vm.directory / boot.SCRATCH_DISK)
 
     def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
         """A fresh Firecracker in the VM's namespace and directory."""
@@ -71,16 +78,19 @@ class Boot:
     def go(self, vm: "Supervisor") -> None:
         """Configure it and start the kernel."""
         vm.timings.mark("spawn")
-        hardware = boot.Hardware(
-            cpu=vm.spec.cpu,
-            memory=vm.spec.memory,
-            boot_args=boot_args(emulated=host.emulated(), role="vm"),
-            tap=vm.network.tap,
-            mac=vm.network.mac,
-        )
-        boot.configure(vm.firecracker.api, hardware)
+        boot.configure(vm.firecracker.api, hardware(vm.spec, vm.network.tap, vm.network.mac))
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
+
+    def waiting(self, vm: "Supervisor") -> bool:
+        """The agent waits for its plan. Returns whether it will have to say so again, on a new connection."""
+        return False
+
+
+def hardware(spec: RunSpec, tap: str | None, mac: str | None) -> boot.Hardware:
+    """What shapes the VM of ``spec`` before it boots."""
+    arguments = boot_args(emulated=host.emulated(), role="vm")
+    return boot.Hardware(cpu=spec.cpu, memory=spec.memory, boot_args=arguments, tap=tap, mac=mac)
 
 
 def link(target: Path, name: Path) -> None:

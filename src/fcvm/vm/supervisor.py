@@ -35,7 +35,9 @@ from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
 
-BOOT_TIMEOUT = 300.0  # seconds until the agent says hello; under emulation beside other work a boot takes up to a minute
+BOOT_TIMEOUT = (
+    300.0  # seconds until the agent says hello; under emulation beside other work a boot takes up to a minute
+)
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
@@ -77,6 +79,7 @@ class Supervisor:
         self._phase = "starting"
         self._exit: dict[str, Any] | None = None
         self._deadline: float | None = None
+        self._captured = False
         self._killing = False
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
@@ -95,7 +98,9 @@ class Supervisor:
         self._attachable.wait()
         try:
             if self._phase == "running":
-                connect = partial(vsock.connect, self.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+                connect = partial(
+                    vsock.connect, self.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT
+                )
                 session.stream(
                     connect, session.Resume("main"), stdin=stdin, on_output=self.output.write, terminal=terminal
                 )
@@ -246,6 +251,10 @@ class Supervisor:
         known = message.get("state", {})
         if self._phase == "starting" and known.get("phase") == "waiting":
             self.timings.mark("kernel and agent")
+            if not self._captured:
+                self._captured = True
+                if self._start.waiting(self):
+                    return
             self._phase = "planned"
             self._deadline = None
             self.control.send(plan.message(self))
@@ -332,7 +341,9 @@ def _post_mortem(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
     console = firecracker.console
     text = "\n".join(console.lines(200))
     if "Out of memory" in text or "out of memory" in text or "oom-kill" in text:
-        return GuestError(f"The guest ran out of memory ({spec.memory} MiB).{console.quote()}", hint=f"--mem {spec.memory * 2}")
+        return GuestError(
+            f"The guest ran out of memory ({spec.memory} MiB).{console.quote()}", hint=f"--mem {spec.memory * 2}"
+        )
     if "Kernel panic" in text:
         reason = text.split("Kernel panic", 1)[1].splitlines()[0].removeprefix(" - ").strip()
         return GuestError(f"The guest's kernel panicked: {reason}.{console.quote()}")

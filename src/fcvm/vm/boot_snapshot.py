@@ -1,0 +1,109 @@
+"""Boot snapshots: only the first `podman run` of a combination boots a kernel.
+
+As soon as the agent of a booted VM waits for its plan, before any container image or network is used, a snapshot is
+taken, named by everything that has shaped the VM until then. Every later run restores it, puts its own image disk in
+the place of the first run's, and hands the agent its plan. A snapshot that cannot be restored here any more is removed
+and the run boots.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from fcvm import __version__, log
+from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
+from fcvm.firecracker import boot
+from fcvm.firecracker.process import Firecracker
+from fcvm.setup import Assets, keys
+from fcvm.snapshots import create, restore, store
+from fcvm.snapshots.manifest import Manifest, this_host
+from fcvm.storage import disks
+from fcvm.storage.layout import Layout
+from fcvm.vm.spec import RunSpec
+from fcvm.vm.start import Boot, hardware
+
+if TYPE_CHECKING:
+    from fcvm.vm.supervisor import Supervisor
+
+KIND = "boot"
+
+
+def tag(spec: RunSpec, assets: Assets) -> str:
+    """The name of the boot snapshot for ``spec``: the hash of all that the guest has seen before its plan."""
+    shape = asdict(hardware(spec, tap="tap0", mac=None))
+    files = (spec.kernel or assets.vmlinux, assets.initrd, assets.root_image, assets.firecracker)
+    return f"boot-{keys.of([__version__, shape, *map(str, files), spec.scratch_size, spec.firecracker_args, asdict(this_host())])}"
+
+
+@dataclass(frozen=True, slots=True)
+class BootAndCapture(Boot):
+    """Boot, and take the boot snapshot on the way."""
+
+    def waiting(self, vm: "Supervisor") -> bool:
+        """Take the snapshot; the agent's connection breaks by it, so its plan goes out on the next one."""
+        name = tag(vm.spec, self.assets)
+        manifest = Manifest(
+            hardware=hardware(vm.spec, vm.network.tap, vm.network.mac),
+            disks={},
+            firecracker=self.assets.firecracker_version,
+            host=this_host(),
+            created_at=time.time(),
+            kind=KIND,
+        )
+        try:
+            took = create.take(vm.layout, name, vm.firecracker, manifest)
+        except ConflictError:  # another first run was quicker
+            return False
+        except FcvmError as error:  # a full disk, say: the run itself goes on
+            log.warning(f"the boot snapshot could not be taken: {error.message}")
+            return False
+        log.debug(f"took {name} ({took.kind}) in {took.paused:.3f} s")
+        vm.timings.mark("boot snapshot")
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Boot):
+    """Start from the boot snapshot ``source``."""
+
+    source: str = ""
+
+    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+        return self._restored(vm)
+
+    @contextlib.contextmanager
+    def _restored(self, vm: "Supervisor") -> Iterator[Firecracker]:
+        with store.use(vm.layout, self.source) as snapshot, Boot.firecracker(self, vm) as vmm:
+            vm.timings.mark("spawn")
+            restore.load(vmm, snapshot)
+            vm.timings.mark("load")
+            yield vmm
+
+    def scratch(self, vm: "Supervisor") -> None:
+        """A clone of the snapshot's disk: the guest has it mounted."""
+        disks.clone(store.find(vm.layout, self.source).scratch, vm.directory / boot.SCRATCH_DISK)
+
+    def go(self, vm: "Supervisor") -> None:
+        restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
+        restore.resume(vm.firecracker.api)
+        vm.timings.mark("resume")
+
+
+def choose(spec: RunSpec, assets: Assets, layout: Layout) -> Boot:
+    """The quickest start there is for ``spec``."""
+    if not spec.snapshot:
+        return Boot(assets)
+    name = tag(spec, assets)
+    try:
+        snapshot = store.find(layout, name)
+    except NotFoundError:
+        return BootAndCapture(assets)
+    except SnapshotError as error:
+        log.info(f"booting: {error.message}")
+        with contextlib.suppress(FcvmError):
+            store.remove(layout, name)
+        return BootAndCapture(assets)
+    return Restore(assets, source=snapshot.tag)
