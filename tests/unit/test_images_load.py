@@ -1,0 +1,100 @@
+"""What is in an archive, and what its images will be called; and the writer of examples/."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import archive
+import images_support
+import pytest
+from images_support import image
+
+from fcvm.errors import ImageError, NotFoundError, UsageError
+from fcvm.images import load
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [("x", "localhost/x:latest"), ("a/b:1", "localhost/a/b:1"), ("localhost/x:2", "localhost/x:2"), ("quay.io/x", "quay.io/x:latest")],
+)
+def test_names_of_what_is_loaded(text: str, full: str) -> None:
+    assert load.local_name(text) == full
+
+
+def test_a_digest_is_no_name() -> None:
+    with pytest.raises(UsageError):
+        load.local_name("x@sha256:" + "0" * 64)
+
+
+def test_the_two_kinds_of_archive(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.tar", "localhost/a:1")
+    assert [(str(r), names) for r, names in load.contents(path)] == [(f"docker-archive:{path}", ["localhost/a:1"])]
+    assert [(str(r), names) for r, names in load.contents(path, "oci-archive")] == [(f"oci-archive:{path}", ["localhost/a:1"])]
+
+
+def test_directories(tmp_path: Path) -> None:
+    with tarfile.open(image(tmp_path / "a.tar", "localhost/a:1")) as tar:
+        tar.extractall(tmp_path / "layout", filter="data")
+    assert str(load.contents(tmp_path / "layout")[0][0]) == f"oci:{tmp_path / 'layout'}"
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/manifest.json").write_text("{}")
+    assert [(r.transport, names) for r, names in load.contents(tmp_path / "dir")] == [("dir", [])]
+
+
+def test_an_archive_with_several_images(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps([{"RepoTags": ["a:1"]}, {"RepoTags": None}]))
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        tar.add(tmp_path / "manifest.json", "./manifest.json")
+    found = [(str(r), names) for r, names in load.contents(tmp_path / "two.tar")]
+    assert found == [(f"docker-archive:{tmp_path}/two.tar:@0", ["a:1"]), (f"docker-archive:{tmp_path}/two.tar:@1", [])]
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").write_text("")
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        tar.add(tmp_path / "text", "text")
+    (tmp_path / "cut.tar").write_bytes(image(tmp_path / "a.tar").read_bytes()[:300])
+    for name in ("text", "empty", "other.tar", "cut.tar", "."):
+        with pytest.raises(ImageError, match="damaged, or not an image"):
+            load.contents(tmp_path / name)
+    with pytest.raises(NotFoundError):
+        load.contents(tmp_path / "missing")
+
+
+def test_the_writer_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    first, second = image(tmp_path / "a.tar", "localhost/a:1"), image(tmp_path / "b.tar", "localhost/a:1")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_every_blob_is_what_its_name_says(tmp_path: Path) -> None:
+    import hashlib
+
+    with tarfile.open(image(tmp_path / "a.tar")) as tar:
+        blobs = {m.name: tar.extractfile(m).read() for m in tar if m.name.startswith("blobs/")}  # type: ignore[union-attr]
+    assert len(blobs) == 4  # two layers, configuration, manifest
+    for name, content in blobs.items():
+        assert name.endswith(hashlib.sha256(content).hexdigest())
+
+
+def test_the_packages_the_examples_need_are_listed() -> None:
+    names = (images_support.EXAMPLES / "PACKAGES").read_text().split()
+    assert {"skopeo", "mmdebstrap", "busybox-static"} <= set(names)
+
+
+def test_a_static_program_is_told_from_a_dynamic_one() -> None:
+    import packages
+
+    dynamic = Path("/bin/true").read_bytes()
+    assert not packages.is_static(dynamic)
+    assert not packages.is_static(b"#!/bin/sh\n")
+    assert packages.is_static(packages.busybox())
+
+
+def test_the_demo_image_has_its_applets() -> None:
+    import recipes
+
+    files = {file.name: file for file in recipes.demo_files()}
+    assert files["bin/sh"].link == files["bin/httpd"].link == "busybox"
+    assert b"demo:x:1000:" in files["etc/passwd"].content
+    assert len(archive.layer(files.values())) > 1_000_000
