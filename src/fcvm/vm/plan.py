@@ -22,6 +22,11 @@ def message(vm: "Supervisor") -> dict[str, Any]:
     return {"type": "plan", **plan.to_json()}
 
 
+def restored(vm: "Supervisor") -> dict[str, Any]:
+    """The ``restored`` message for a VM that a snapshot was loaded into: it takes a new identity and goes on."""
+    return {"type": "restored", "identity": identity(vm, drop_sessions=True).to_json()}
+
+
 def identity(vm: "Supervisor", *, drop_sessions: bool = False) -> Identity:
     """A fresh identity, with the time of now."""
     return Identity(
@@ -29,6 +34,7 @@ def identity(vm: "Supervisor", *, drop_sessions: bool = False) -> Identity:
         machine_id=new_machine_id(),
         entropy=base64.b64encode(os.urandom(ENTROPY)).decode(),
         wall_clock_ns=time.time_ns(),
+        network=network(vm),
         drop_sessions=drop_sessions,
     )
 

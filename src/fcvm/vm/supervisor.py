@@ -83,6 +83,11 @@ class Supervisor:
         self._killing = False
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
+    @property
+    def running(self) -> bool:
+        """Whether the container runs."""
+        return self._phase == "running" and self._exit is None
+
     # What other threads may call
 
     def carry_streams(self, *, stdin: int | None = None, terminal: int | None = None) -> None:
@@ -220,7 +225,7 @@ class Supervisor:
         if self._exit is not None:  # stopped, but somebody does not read our output
             self._streams_ended = True
             return
-        if self._phase == "starting":
+        if self._phase in ("starting", "restored"):
             raise GuestError(
                 f"The guest did not start within {BOOT_TIMEOUT:g} seconds.{self.firecracker.console.quote()}",
                 hint="fcvm doctor",
@@ -258,6 +263,10 @@ class Supervisor:
             self._phase = "planned"
             self._deadline = None
             self.control.send(plan.message(self))
+        elif self._phase == "starting" and known.get("phase") == "running":
+            self._phase = "restored"
+            self._deadline = time.monotonic() + BOOT_TIMEOUT
+            self.control.send(plan.restored(self))
         if known.get("health"):
             self._on_health_message({"status": known["health"]})
         if known.get("exit") and self._exit is None:
@@ -267,9 +276,18 @@ class Supervisor:
         self.timings.guest(str(message.get("name")), float(message.get("uptime", 0)))
 
     def _on_started_message(self, message: dict[str, Any]) -> None:
-        if self._phase != "planned":
-            return
-        self.timings.mark("podman")
+        if self._phase == "planned":
+            self.timings.mark("podman")
+            self._run()
+
+    def _on_ready_message(self, message: dict[str, Any]) -> None:
+        if self._phase == "restored":
+            self.timings.mark("identity")
+            self._run()
+
+    def _run(self) -> None:
+        """The container runs: it can be attached to."""
+        self._deadline = None
         self._phase = "running"
         self.entry.update(status="running")
         self._attachable.set()

@@ -1,0 +1,90 @@
+"""A VM that starts from a user's snapshot: the container goes on where it was, as a VM of its own."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fcvm.config import Config
+from fcvm.errors import SnapshotError
+from fcvm.firecracker.process import Firecracker
+from fcvm.network import attach
+from fcvm.network import spec as network_spec
+from fcvm.network.attach import Network
+from fcvm.setup import Assets
+from fcvm.snapshots import restore, store
+from fcvm.snapshots.restore import Backend
+from fcvm.snapshots.store import Snapshot
+from fcvm.vm.spec import RunSpec
+
+if TYPE_CHECKING:
+    from fcvm.vm.supervisor import Supervisor
+
+# What a clone does not take over from the VM that the snapshot is of.
+OWN = {"detach": False, "remove": True, "interactive": False, "publish": [], "timings": False, "log_prefix": None}
+
+
+def spec_of(snapshot: Snapshot, **changes: Any) -> RunSpec:
+    """The spec of a clone of ``snapshot``: that of the VM it is of, with ``changes`` (``name`` at least).
+
+    Raises:
+        SnapshotError: it is not a snapshot of a container, but one of ours (a boot snapshot).
+    """
+    if not snapshot.manifest.spec:
+        raise SnapshotError(f"The snapshot {snapshot.tag!r} is of no container.", hint="fcvm snapshots")
+    spec = RunSpec.from_json({**snapshot.manifest.spec, **OWN})
+    return replace(spec, **{"network": snapshot.manifest.network, **changes})
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """Load the snapshot ``source``, its memory mapped straight from the file (or served, with the uffd backend)."""
+
+    assets: Assets
+    source: str
+    backend: Backend = "file"
+
+    @property
+    def snapshot(self) -> str | None:
+        return self.source
+
+    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
+        """A namespace of its own: the guest's address is the same in each."""
+        spec = network_spec.parse(vm.spec.network, vm.spec.publish, vm.spec.forward_localhost, vm.spec.dns)
+        return attach.create(spec, vm.id, vm.directory)
+
+    def disks(self, vm: "Supervisor") -> None:
+        """The snapshot's read-only disks by link, its writable one by reflink."""
+        snapshot = store.find(vm.layout, self.source)
+        restore.furnish(vm.directory, snapshot, restore.find_disks(snapshot, vm.layout))
+
+    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+        return self._loaded(vm)
+
+    @contextlib.contextmanager
+    def _loaded(self, vm: "Supervisor") -> Iterator[Firecracker]:
+        arguments = tuple(vm.spec.firecracker_args)
+        with (
+            store.use(vm.layout, self.source) as snapshot,
+            Firecracker(
+                self.assets.firecracker, vm.directory, vm.id, enter=vm.network.enter, arguments=arguments
+            ) as vmm,
+        ):
+            vm.timings.mark("spawn")
+            restore.check(snapshot, vmm)
+            restore.load(vmm, snapshot, backend=self.backend)
+            vm.timings.mark("load")
+            yield vmm
+
+    def go(self, vm: "Supervisor") -> None:
+        restore.resume(vm.firecracker.api)
+        vm.timings.mark("resume")
+
+    def waiting(self, vm: "Supervisor") -> bool:
+        return False
+
+
+def start(source: str, config: Config, assets: Assets) -> Clone:
+    """A direct clone of the snapshot ``source``."""
+    return Clone(assets, source)
