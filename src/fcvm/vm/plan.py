@@ -24,18 +24,18 @@ def message(vm: "Supervisor") -> dict[str, Any]:
 
 def restored(vm: "Supervisor") -> dict[str, Any]:
     """The ``restored`` message for a VM that a snapshot was loaded into: it takes a new identity and goes on."""
-    return {"type": "restored", "identity": identity(vm, drop_sessions=True).to_json()}
+    return {"type": "restored", "identity": identity(vm, clone=True).to_json()}
 
 
-def identity(vm: "Supervisor", *, drop_sessions: bool = False) -> Identity:
-    """A fresh identity, with the time of now."""
+def identity(vm: "Supervisor", *, clone: bool = False) -> Identity:
+    """A fresh identity, with the time of now; a clone also gets its network, and drops the sessions of its source."""
     return Identity(
         hostname=vm.spec.name,
         machine_id=new_machine_id(),
         entropy=base64.b64encode(os.urandom(ENTROPY)).decode(),
         wall_clock_ns=time.time_ns(),
-        network=network(vm),
-        drop_sessions=drop_sessions,
+        network=network(vm) if clone else None,
+        drop_sessions=clone,
     )
 
 
