@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def in_thread(function: Callable[[], T]) -> T:
 def _in_child(function: Callable[[], list[int]]) -> list[int]:
     """Call ``function`` in a forked child; the fds it returns arrive by SCM_RIGHTS, its error as JSON."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    with ours, theirs:
+    with ours, theirs, warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads; the child takes no lock that another thread could hold
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
         if child == 0:
             try:

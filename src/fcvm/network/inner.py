@@ -108,10 +108,9 @@ def translate(uplink: Uplink, forwarded: Iterable[Port]) -> None:
         batch.rule(TABLE, "input", nft.iifname(UPLINK), nft.l4proto(protocol), nft.verdict(nft.DROP))
     batch.chain(TABLE, "forward", type="filter", hook=nft.FORWARD, priority=nft.FILTER, policy=nft.DROP)
     accept = nft.verdict(nft.ACCEPT)
+    batch.rule(TABLE, "forward", nft.ct_state("established", "related"), accept)
     batch.rule(TABLE, "forward", nft.iifname(guest.TAP), nft.oifname(UPLINK), accept)
-    inwards = [nft.iifname(UPLINK), nft.oifname(guest.TAP)]
-    batch.rule(TABLE, "forward", *inwards, nft.ct_state("established", "related"), accept)
-    batch.rule(TABLE, "forward", *inwards, nft.ct_dnat(), accept)
+    batch.rule(TABLE, "forward", nft.iifname(UPLINK), nft.oifname(guest.TAP), nft.ct_dnat(), accept)
     with nft.open_socket() as sock:
         batch.commit(sock)
 
@@ -139,3 +138,8 @@ def listen(forwarded: Sequence[Port]) -> list[int]:
             sock.listen(_BACKLOG)
         sockets.append(sock)
     return [sock.detach() for sock in sockets]
+
+
+def datagrams(count: int) -> list[int]:
+    """UDP sockets from which a relay writes to the guest. In the namespace."""
+    return [socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach() for _ in range(count)]

@@ -144,18 +144,27 @@ class _Connection:
                 self._loop.drop(sock)
 
 
-def udp(loop: Loop, listener: socket.socket, target: Target) -> None:
-    """Relay datagrams between whoever writes to ``listener`` and ``target``: one socket a client, until it is idle."""
-    _Sessions(loop, listener, target)
+def udp(
+    loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket] | None = None
+) -> None:
+    """Relay datagrams between whoever writes to ``listener`` and ``target``: one socket a client, until it is idle.
+
+    Arguments:
+        make: makes such a socket, where it is not to be one of the loop's thread's own namespace.
+    """
+    _Sessions(loop, listener, target, make or (lambda: socket.socket(target[0], socket.SOCK_DGRAM)))
 
 
 class _Sessions:
     """The clients of one UDP port. Answers leave from the address that the client wrote to (``IP_PKTINFO``)."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, target: Target) -> None:
+    def __init__(
+        self, loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket]
+    ) -> None:
         self._loop = loop
         self._listener = listener
         self._target = target
+        self._make = make
         self._sessions: OrderedDict[Any, socket.socket] = OrderedDict()
         self._used: set[Any] = set()
         self._ticking = False
@@ -183,10 +192,9 @@ class _Sessions:
                 continue
 
     def _open(self, client: Any, source: list[tuple[int, int, bytes]]) -> socket.socket:
-        family, address = self._target
-        session = socket.socket(family, socket.SOCK_DGRAM)
+        session = self._make()
         session.setblocking(False)
-        session.connect(address)
+        session.connect(self._target[1])
         if len(self._sessions) >= UDP_SESSIONS:
             _, oldest = self._sessions.popitem(last=False)
             self._loop.drop(oldest)

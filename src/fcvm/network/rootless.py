@@ -9,7 +9,7 @@ is made, and everything configured, before it starts, so all it does is to open 
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from fcvm.network.slirp import Slirp
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import POOLS
 
+_SPARE = 32  # sockets made at a time
 _ANY = {"": "0.0.0.0"}
 
 
@@ -44,6 +45,7 @@ class Rootless:
     changed: tuple[str, ...] = ()
     host_ip: str | None = None
     interface: str | None = None
+    spare: list[socket.socket] = field(default_factory=list)
 
     @property
     def watch(self) -> tuple[tuple[int, str], ...]:
@@ -51,34 +53,46 @@ class Rootless:
         return ((self.slirp.pidfd, slirps.DIED),)
 
     def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None:
-        """Let ports of the host lead to the guest: IPv4 by slirp4netns, IPv6 by a relay to a port of slirp4netns."""
+        """Let ports of the host lead to the guest.
+
+        TCP by slirp4netns, which shows the guest who connects, and IPv6 by a relay to slirp4netns; UDP by a relay.
+        """
         for reservation in reservations:
-            publish = reservation.publish
-            if any(held.family == socket.AF_INET for held in reservation.sockets):
-                # slirp4netns binds the port itself, so we have to let go of it first
+            if reservation.publish.protocol == "udp":
+                to_guest = relay.target(str(guest.ADDRESS.ip), reservation.publish.guest_port)
                 for held in reservation.sockets:
-                    if held.family == socket.AF_INET:
-                        held.close()
-                ip, port = _ANY.get(publish.host_ip, publish.host_ip), publish.host_port
-                self._forward(publish, ip, port)
-                near = "127.0.0.1" if ip == "0.0.0.0" else ip
+                    relay.udp(loop, held, to_guest, self._datagram)
             else:
-                near, port = self._behind(publish)
-            for held in reservation.sockets:
-                if held.family == socket.AF_INET6:
-                    relay.start(loop, held, [relay.target(near, port)])
+                target = self._forward(reservation)
+                for held in reservation.sockets:
+                    if held.family == socket.AF_INET6:
+                        relay.start(loop, held, [target])
 
-    def _behind(self, publish: Publish) -> tuple[str, int]:
-        """A port of the loopback for a relay to connect to."""
-        (reservation,) = ports.reserve([Publish("127.0.0.1", 0, publish.guest_port, publish.protocol)])
-        reservation.close()
-        port = reservation.publish.host_port
-        self._forward(publish, "127.0.0.1", port)
-        return "127.0.0.1", port
+    def _forward(self, reservation: Reservation) -> relay.Target:
+        """Have slirp4netns listen for a port, and say where."""
+        publish = reservation.publish
+        ip, port = _ANY.get(publish.host_ip, publish.host_ip), publish.host_port
+        if ":" in ip:  # it knows IPv4 only: any free port of the loopback, for a relay to connect to
+            (behind,) = ports.reserve([Publish("127.0.0.1", 0, publish.guest_port)])
+            behind.close()
+            ip, port = "127.0.0.1", behind.publish.host_port
+        for held in reservation.sockets:
+            if held.family == socket.AF_INET:
+                held.close()  # it binds the port itself
+        self.slirp.forward(ip, port, str(self.uplink.address.ip), publish.guest_port)
+        return relay.target("127.0.0.1" if ip == "0.0.0.0" else ip, port)
 
-    def _forward(self, publish: Publish, ip: str, port: int) -> None:
-        inside = str(self.uplink.address.ip)
-        self.slirp.forward(publish.protocol, ip, port, inside, publish.guest_port)
+    def _datagram(self) -> socket.socket:
+        """A UDP socket of the namespace; making one takes a fork, so they are made in numbers."""
+        if not self.spare:
+            fds = namespaces.inside(self.namespace, lambda: inner.datagrams(_SPARE))
+            self.spare.extend(relay.adopt(fd) for fd in fds)
+        return self.spare.pop()
+
+    def close_spare(self) -> None:
+        """Close the sockets that no client has needed."""
+        for sock in self.spare:
+            sock.close()
 
 
 @contextmanager
@@ -122,7 +136,9 @@ def _set_up(spec: NetworkSpec, directory: Path, undo: ExitStack) -> Rootless:
     undo.enter_context(namespace)
     sockets = tuple(undo.enter_context(relay.adopt(fd)) for fd in fds)
     helper = undo.enter_context(slirps.slirp(namespace, inner.UPLINK, network, directory, ipv6=ipv6))
-    return Rootless(namespace, sockets, ipv6, helper, uplink)
+    up = Rootless(namespace, sockets, ipv6, helper, uplink)
+    undo.callback(up.close_spare)
+    return up
 
 
 def _network(route: netlink.Socket) -> IPv4Network:

@@ -38,15 +38,18 @@ class Slirp:
     pidfd: int
     directory: Path
 
-    def forward(self, protocol: str, host_ip: str, host_port: int, guest_ip: str, guest_port: int) -> None:
-        """Have it listen on the host (IPv4 only).
+    def forward(self, host_ip: str, host_port: int, guest_ip: str, guest_port: int) -> None:
+        """Have it listen on the host: IPv4 and TCP only.
+
+        For UDP, libslirp (4.7) remembers the client that was answered last in the socket that listens, and after a client
+        from elsewhere those on the host's loopback are no longer understood.
 
         Raises:
             NetworkError: it refuses: the port is in use, say.
         """
         self._request(
             "add_hostfwd",
-            proto=protocol,
+            proto="tcp",
             host_addr=host_ip,
             host_port=host_port,
             guest_addr=guest_ip,
