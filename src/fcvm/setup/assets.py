@@ -5,9 +5,10 @@ An ordinary user also gets the assets of the system's data directory (root's), w
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fcvm.config import Config
 from fcvm.errors import SetupError
@@ -18,6 +19,8 @@ SYSTEM_BASE = Path("/mnt/fcvm-btrfs")
 
 # Where the machine's host says which assets the machine's VMs use: a file with ``Assets.to_json()``.
 OVERRIDE = "FCVM_ASSETS"
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,48 +78,80 @@ def find(config: Config, layout: Layout) -> Assets:
             return Assets.from_json(Path(override).read_text())
         except (OSError, ValueError, TypeError) as error:
             raise SetupError(f"The file {override}, named by {OVERRIDE}, cannot be used: {error}.") from error
-    missing: list[str] = []
-    for base in dict.fromkeys((layout.base, SYSTEM_BASE)):
-        found = look(config, base, missing)
-        if found is not None:
-            return found
-    from fcvm.setup import storage
+    try:
+        return gather(config, layout)
+    except SetupError:
+        from fcvm.setup import storage
 
-    if storage.remount(layout.base):
-        return find(config, layout)
-    raise SetupError(f"fcvm is not set up in {layout.base}: {missing[0]} is missing.", hint="fcvm setup")
+        if not storage.remount(layout.base):
+            raise
+        return gather(config, layout)
 
 
-def look(config: Config, base: Path, missing: list[str]) -> Assets | None:
-    """The assets in data directory ``base``; None, and the first thing missing is noted, if they are not all there."""
-    image = index.image(config, base)
+def gather(config: Config, layout: Layout) -> Assets:
+    """Look for each of the assets in this data directory, then in the system's.
+
+    Raises:
+        SetupError: one is missing.
+    """
+    missing = f"fcvm is not set up in {layout.base}: {{}} missing."
+    image_base, image = image_of(config, layout)
     if image is None:
-        missing.append("the guest image")
-        return None
-    vmlinux = base / "kernels" / image.kernel / "vmlinux"
-    initrd = machine_initrd = index.initrd(base, image.kernel, image.busybox)
+        raise SetupError(missing.format("the guest image is"), hint="fcvm setup")
+    vmlinux = image_base / "kernels" / image.kernel / "vmlinux"
+    initrd = machine_initrd = initrd_of(layout, image.kernel, image)
     if index.profile(config) == "kata":
-        kata = index.kata(config, base)
+        kata_base, kata = kata_of(config, layout)
         if kata is None:
-            missing.append("the kata kernel")
-            return None
-        vmlinux = base / "kernels" / kata.id / "vmlinux"
-        initrd = index.initrd(base, kata.id, image.busybox)
-    if not (initrd.exists() and machine_initrd.exists()):
-        missing.append("the initrd")
-        return None
-    firecracker = index.firecracker(config, base)
+            raise SetupError(missing.format("the kata kernel is"), hint="fcvm setup")
+        vmlinux = kata_base / "kernels" / kata.id / "vmlinux"
+        initrd = initrd_of(layout, kata.id, image)
+    if initrd is None or machine_initrd is None:
+        raise SetupError(missing.format("the initrd of this version is"), hint="fcvm setup")
+    _, firecracker = firecracker_of(config, layout)
     if firecracker is None:
-        missing.append("Firecracker")
-        return None
+        raise SetupError(missing.format("Firecracker is"), hint="fcvm setup")
     return Assets(
         vmlinux=vmlinux,
-        vmlinuz=base / "kernels" / image.kernel / "vmlinuz",
+        vmlinuz=image_base / "kernels" / image.kernel / "vmlinuz",
         kernel_version=image.kernel_version,
-        root_image=base / "guest" / image.id / "root.img",
+        root_image=image_base / "guest" / image.id / "root.img",
         initrd=initrd,
         machine_initrd=machine_initrd,
-        tools=base / "guest" / image.id / "tools",
+        tools=image_base / "guest" / image.id / "tools",
         firecracker=Path(firecracker.path),
         firecracker_version=firecracker.version,
     )
+
+
+def image_of(config: Config, layout: Layout) -> tuple[Path, index.Image | None]:
+    """The guest image, and the data directory that it is in (None: in none)."""
+    return _first(layout, lambda base: index.image(config, base))
+
+
+def kata_of(config: Config, layout: Layout) -> tuple[Path, index.Kata | None]:
+    """The kata kernel, and the data directory that it is in."""
+    return _first(layout, lambda base: index.kata(config, base))
+
+
+def firecracker_of(config: Config, layout: Layout) -> tuple[Path, index.Firecracker | None]:
+    """The Firecracker binary, and the data directory that knows of it."""
+    return _first(layout, lambda base: index.firecracker(config, base))
+
+
+def initrd_of(layout: Layout, kernel: str, image: index.Image) -> Path | None:
+    """The initrd for a kernel; None if it is in no data directory."""
+
+    def look(base: Path) -> Path | None:
+        path = index.initrd(base, kernel, image.busybox)
+        return path if path.exists() else None
+
+    return _first(layout, look)[1]
+
+
+def _first(layout: Layout, look: Callable[[Path], Found | None]) -> tuple[Path, Found | None]:
+    for base in (layout.base, SYSTEM_BASE):
+        found = look(base)
+        if found is not None:
+            return base, found
+    return layout.base, None

@@ -7,8 +7,8 @@ from pathlib import Path
 from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.linux import files
-from fcvm.setup import firecracker, guest, index, initrd, kata, storage, workspace
-from fcvm.setup.assets import Assets, find
+from fcvm.setup import assets, firecracker, guest, index, initrd, kata, storage, workspace
+from fcvm.setup.assets import Assets
 from fcvm.setup.index import Image
 from fcvm.setup.progress import Progress
 from fcvm.storage.layout import Layout
@@ -26,26 +26,33 @@ def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = 
     storage.ensure(layout.base, config.storage_size, progress)
     if not force:
         try:
-            return find(config, layout)
+            return assets.find(config, layout)
         except SetupError:
             pass
-    if force or index.firecracker(config, layout.base) is None:  # the quickest to fail comes first
+    if force or assets.firecracker_of(config, layout)[1] is None:  # first, as it is the quickest to fail
         firecracker.build(config, layout, progress, force=force)
-    image = None if force else index.image(config, layout.base)
-    image = image or guest.build(config, layout, progress, force=force)
-    modules = layout.kernels / image.kernel / "modules" / image.kernel_version
-    ensure_initrd(layout, progress, image, image.kernel, modules)
+    base, image = (layout.base, None) if force else assets.image_of(config, layout)
+    if image is None:
+        image = guest.build(config, layout, progress, force=force)
+    ensure_initrd(layout, progress, base, image, image.kernel, base / "kernels" / image.kernel / "modules")
     if profile == "kata":
-        kernel = index.kata(config, layout.base) or kata.build(config, layout, progress)
-        ensure_initrd(layout, progress, image, kernel.id, None)
-    return find(config, layout)
+        kernel = assets.kata_of(config, layout)[1] or kata.build(config, layout, progress)
+        ensure_initrd(layout, progress, base, image, kernel.id, None)
+    return assets.find(config, layout)
 
 
-def ensure_initrd(layout: Layout, progress: Progress, image: Image, kernel: str, modules: Path | None) -> None:
-    """Build the initrd for the kernel ``kernel`` unless it is there."""
-    destination = index.initrd(layout.base, kernel, image.busybox)
-    if destination.exists():
+def ensure_initrd(
+    layout: Layout, progress: Progress, base: Path, image: Image, kernel: str, modules: Path | None
+) -> None:
+    """Build the initrd for the kernel ``kernel`` unless it is there.
+
+    Arguments:
+        base: the data directory that ``image`` is in.
+        modules: the directory with the kernel's modules, by version; None for one that has everything built in.
+    """
+    if assets.initrd_of(layout, kernel, image) is not None:
         return
+    destination = index.initrd(layout.base, kernel, image.busybox)
     from fcvm.agent.pack import pack
 
     name = f"initrd-{destination.parent.name}"
@@ -56,8 +63,9 @@ def ensure_initrd(layout: Layout, progress: Progress, image: Image, kernel: str,
         pack(agent)
         built = work / "initrd"
         built.mkdir()
-        busybox = layout.guest / image.id / "tools/busybox"
-        initrd.build(built / "initrd.img", busybox=busybox, agent=agent, module_directory=modules)
+        directory = modules / image.kernel_version if modules is not None else None
+        busybox = base / "guest" / image.id / "tools/busybox"
+        initrd.build(built / "initrd.img", busybox=busybox, agent=agent, module_directory=directory)
         size = (built / "initrd.img").stat().st_size
         step.update(size, size)
         layout.initrd.mkdir(exist_ok=True)

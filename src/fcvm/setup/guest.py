@@ -12,7 +12,6 @@ exactly the image that it was made with), and ``guest/<key>.json`` says which on
 
 import os
 import subprocess
-import tarfile
 from pathlib import Path
 
 from fcvm import log
@@ -166,6 +165,5 @@ def assemble(config: Config, layout: Layout, work: Path, step: Step) -> Image:
 def unpack(archive: Path, destination: Path) -> None:
     """Unpack a tar archive of ours and remove it."""
     destination.mkdir()
-    with tarfile.open(archive) as tar:
-        tar.extractall(destination, filter="tar")
+    run(["tar", "--no-same-owner", "-C", destination, "-xf", archive])
     archive.unlink()
