@@ -147,9 +147,9 @@ def owner(protocol: str, port: int) -> str | None:
                     inodes.add(f"socket:[{words[9]}]")
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
-            with suppress(OSError):
-                for fd in os.scandir(process / "fd"):
+            with suppress(OSError):  # it has ended, or is another user's
+                for fd in os.listdir(process / "fd"):
                     with suppress(OSError):
-                        if os.readlink(fd) in inodes:
+                        if os.readlink(process / "fd" / fd) in inodes:
                             return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
     return None
