@@ -6,9 +6,11 @@ docs/architecture.md, "Commands: prepare, then run", says what each does.
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -77,18 +79,35 @@ def requested(argv: list[str]) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Run ``fcvm ARGV``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:
+        load("completions").complete()
+    return guarded(lambda: dispatch(argv))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command and turn whatever it raises into a message and an exit code; 125 is never the container's doing."""
     try:
-        if "_ARGCOMPLETE" in os.environ:
-            load("completions").complete()
-        return dispatch(argv)
+        return command()
     except FcvmError as error:
         report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout went away, as in `fcvm ls | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if os.environ.get("FCVM_LOG") == "debug":
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "df -h" if error.errno == errno.ENOSPC else "FCVM_LOG=debug shows where this came from"
+        report(FcvmError(f"{where}{error.strerror or error}.", hint=hint))
+        return FcvmError.exit_code
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        report(FcvmError("This is a bug in fcvm."))
+        return FcvmError.exit_code
     finally:
         flush()
 

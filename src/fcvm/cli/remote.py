@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 from fcvm.cli.context import Context
-from fcvm.errors import FcvmError
 
 # Of the user's settings, those that shape a VM go along; those about places (base_dir, firecracker) are the machine's own.
 FORWARDED_SETTINGS = ("log", "cpu", "mem", "scratch_size", "stop_timeout", "log_size", "kernel_profile")
@@ -28,24 +27,23 @@ def forward(args: argparse.Namespace, context: Context) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one forwarded command; ``argv`` holds the envelope."""
+    from fcvm.cli.main import guarded
+
+    envelope = json.loads((sys.argv[1:] if argv is None else argv)[0])
+    os.environ.setdefault("FCVM_HOST_ROOT", "/host")
+    return guarded(lambda: carry_out(envelope))
+
+
+def carry_out(envelope: dict[str, Any]) -> int:
+    """Run the command that the envelope holds."""
     from fcvm import config as settings
     from fcvm import log
-    from fcvm.cli.main import COMMANDS, flush, load, report
+    from fcvm.cli.main import COMMANDS, load
 
-    envelope: dict[str, Any] = json.loads((sys.argv[1:] if argv is None else argv)[0])
-    try:
-        os.environ.setdefault("FCVM_HOST_ROOT", "/host")
-        context = Context(settings.load(envelope["settings"]))
-        log.configure(context.config.log)
-        args = argparse.Namespace(**envelope["args"])
-        return int(load(COMMANDS[args.command][0]).run(args, context))
-    except FcvmError as error:
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        flush()
+    context = Context(settings.load(envelope["settings"]))
+    log.configure(context.config.log)
+    args = argparse.Namespace(**envelope["args"])
+    return int(load(COMMANDS[args.command][0]).run(args, context))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fcvm import setup
+from fcvm import host, setup
 from fcvm.config import Config
-from fcvm.errors import FcvmError
+from fcvm.errors import FcvmError, HostError
+from fcvm.network import attach
+from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 from fcvm.vm import boot_snapshot, rpc, state
 from fcvm.vm.spec import RunSpec
@@ -29,7 +31,18 @@ class Killed(BaseException):
 def how_to_start(spec: RunSpec, config: Config) -> Start:
     """The quickest start there is for ``spec``."""
     layout = Layout(config.base_dir)
+    kvm = host.kvm()
+    if not kvm.usable:
+        raise HostError(kvm.reason, hint=kvm.hint or "fcvm doctor")
     return boot_snapshot.choose(spec, setup.find(config, layout), layout)
+
+
+def sweep(config: Config) -> None:
+    """Remove what VMs, networks and snapshots that were killed in the making have left."""
+    layout = Layout(config.base_dir)
+    state.sweep(layout)
+    attach.sweep()
+    store.sweep(layout)
 
 
 def foreground(spec: RunSpec, config: Config) -> int:
@@ -42,7 +55,7 @@ def foreground(spec: RunSpec, config: Config) -> int:
     """
     if spec.log_prefix is None:
         spec = replace(spec, log_prefix=sys.stdout.isatty())
-    state.sweep(Layout(config.base_dir))
+    sweep(config)
     supervisor = Supervisor(spec, config, how_to_start(spec, config))
     stdin = 0 if spec.interactive else None
     code = drive(supervisor, stdin=stdin, terminal=0 if spec.tty and os.isatty(0) else None)
@@ -106,7 +119,7 @@ def detached(spec: RunSpec, config: Config) -> int:
     Raises:
         FcvmError: it could not be started; nothing is left then.
     """
-    state.sweep(Layout(config.base_dir))
+    sweep(config)
     start = how_to_start(spec, config)
     read, write = os.pipe()
     child = os.fork()

@@ -1,0 +1,129 @@
+"""The command's face: help, errors, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fcvm.cli.main import COMMANDS, build, load, requested
+
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "FCVM_MACHINE": "never"}
+
+
+def fcvm(*args: str, base: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = ENVIRONMENT | ({"FCVM_BASE_DIR": str(base)} if base else {}) | (env or {})
+    return subprocess.run(
+        [sys.executable, "-m", "fcvm", *args], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+
+
+def test_without_a_command_it_lists_all() -> None:
+    done = fcvm()
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert f"\n    {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    words = [name, "run", "--help"] if name == "podman" else [name, "--help"]
+    done = fcvm(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: fcvm {name}")
+    assert "==SUPPRESS==" not in done.stdout
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_says_where_it_runs(name: str) -> None:
+    assert load(COMMANDS[name][0]).WHERE in ("here", "vms")
+
+
+def test_global_options_may_stand_before_the_command() -> None:
+    assert requested(["--log", "debug", "ls", "--json"]) == "ls"
+    assert requested(["--log=debug", "ls"]) == "ls"
+    assert requested(["--version"]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "nonsense"),
+        (["ls", "--nonsense"], "--nonsense"),
+        (["podman", "run"], "No image is named"),
+        (["podman", "run", "--cpu", "0", "x"], "--cpu"),
+        (["podman", "run", "--cpu", "99", "x"], "1 to 32 CPUs"),
+        (["podman", "run", "--mem", "1m", "x"], "128 MiB"),
+        (["podman", "run", "--mem", "lots", "x"], "--mem"),
+        (["podman", "run", "--name", "a b", "x"], "cannot name a VM"),
+        (["podman", "run", "--env", "=1", "x"], "--env"),
+        (["podman", "run", "--env-file", "/no/such", "x"], "/no/such"),
+        (["podman", "run", "--kernel", "/no/such", "x"], "/no/such"),
+        (["podman", "run", "--publish", "a:b", "x"], "--publish"),
+        (["podman", "run", "--network", "moon", "x"], "moon"),
+        (["podman", "run", "--health-check", "localhost", "x"], "--health-check"),
+        (["podman", "run", "--cmd", "a", "x", "--", "b"], "given twice"),
+        (["podman", "run", "-d", "-i", "x"], "stdin"),
+        (["podman", "run", "--entrypoint", "[1]", "x"], "--entrypoint"),
+        (["exec"], "No VM is named"),
+        (["exec", "a"], "No command is given"),
+        (["exec", "--pid", "x", "true"], "--pid"),
+        (["exec", "--pid", "1", "--name", "a", "true"], "named twice"),
+        (["stop"], "No VM is named"),
+        (["stop", "-t", "soon", "a"], "--timeout"),
+        (["completions", "csh"], "csh"),
+    ],
+)
+def test_wrong_words_are_one_sentence_with_a_hint_and_125(words: list[str], message: str, tmp_path: Path) -> None:
+    done = fcvm(*words, base=tmp_path)
+    assert done.returncode == 125, done.stderr
+    assert done.stdout == ""
+    first, *rest = done.stderr.strip().splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert all(line.startswith("hint: ") for line in rest)
+    assert "Traceback" not in done.stderr
+
+
+def test_without_setup_it_says_so(tmp_path: Path) -> None:
+    done = fcvm("ls", base=tmp_path / "new")
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["NAME", "STATUS"])
+    for words in (["exec", "nobody", "true"], ["logs", "nobody"], ["stop", "nobody"], ["rm", "nobody"]):
+        done = fcvm(*words, base=tmp_path)
+        assert done.returncode == 125
+        assert "nobody" in done.stderr
+        assert "hint: fcvm ls" in done.stderr
+
+
+def test_ls_json_of_nothing_is_an_empty_array(tmp_path: Path) -> None:
+    assert fcvm("ls", "--json", base=tmp_path).stdout == "[]\n"
+
+
+def test_a_full_or_forbidden_data_directory_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = fcvm("ls", base=tmp_path / "file")
+    assert done.returncode == 125
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completions_are_shell_code(shell: str) -> None:
+    done = fcvm("completions", shell)
+    assert done.returncode == 0
+    assert "fcvm" in done.stdout
+
+
+def test_the_shell_gets_commands_and_options() -> None:
+    completer = {"_ARGCOMPLETE": "1", "COMP_LINE": "fcvm podman run --ent", "COMP_POINT": "21", "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout"}
+    assert "--entrypoint" in fcvm(env=completer).stdout
+
+
+def test_all_commands_can_be_built_at_once() -> None:
+    assert build(all_commands=True).parse_args(["ls", "--json"]).json is True
+
+
+def test_settings_of_the_environment_are_checked(tmp_path: Path) -> None:
+    done = fcvm("ls", base=tmp_path, env={"FCVM_CPU": "many"})
+    assert done.returncode == 125
+    assert "the setting cpu of the environment" in done.stderr.lower()
