@@ -1,6 +1,7 @@
 """The ELF kernel out of bzImages made by hand, one per compression that kernels use."""
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import random
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcvm.errors import SetupError
+from fcvm.errors import FcvmError, SetupError
 from fcvm.setup import bzimage
 
 # Text and noise: something to compress, and something that cannot be.
@@ -82,20 +83,14 @@ def test_what_is_no_kernel_is_refused_with_the_reason(image: bytes, words: str) 
 def test_a_damaged_payload_is_a_setup_error(compression: str) -> None:
     payload = PAYLOADS[compression]()
     damaged = payload[:200] + bytes(300) + payload[500 : len(payload) // 2] + size(KERNEL)
-    try:
-        result = bzimage.extract(make(damaged))
-    except Exception as error:  # whatever else comes out must be one of ours
-        assert error.__class__.__module__ == "fcvm.errors", repr(error)
-    else:
-        assert result != KERNEL
+    with contextlib.suppress(FcvmError):  # any other exception fails the test
+        assert bzimage.extract(make(damaged)) != KERNEL
 
 
 @given(st.binary(max_size=300))
 def test_lz4_of_anything_ends_in_data_or_a_known_error(block: bytes) -> None:
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         bzimage.lz4_block(block)
-    except (ValueError, IndexError):
-        pass
 
 
 @given(st.lists(st.tuples(st.binary(max_size=400), st.integers(1, 300), st.integers(4, 900)), max_size=8))
