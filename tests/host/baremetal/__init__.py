@@ -168,20 +168,26 @@ class Guest:
 
 
 def connect(directory: Path, *, timeout: float = 60) -> socket.socket:
-    """A vsock connection to the guest's port, established."""
-    connection = sockets.connect(directory / VSOCK, timeout=timeout)
-    try:
-        connection.sendall(b"CONNECT %d\n" % PORT)
-        line = b""
-        while not line.endswith(b"\n"):
-            more = connection.recv(1)
-            if not more:
-                raise ConnectionResetError("the guest refused the connection")
-            line += more
-    except BaseException:
+    """A vsock connection to the guest's port, established.
+
+    Firecracker gives the guest two seconds to accept; on a busy host it may need more, so this tries until ``timeout``.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        connection = sockets.connect(directory / VSOCK, timeout=timeout)
+        try:
+            connection.sendall(b"CONNECT %d\n" % PORT)
+            line = b""
+            while more := connection.recv(1):
+                line += more
+                if more == b"\n":
+                    return connection
+        except BaseException:
+            connection.close()
+            raise
         connection.close()
-        raise
-    return connection
+        if time.monotonic() > deadline:
+            raise ConnectionResetError("the guest refused the connection")
 
 
 def pattern(page: int, seed: int) -> tuple[int, int]:
