@@ -4,10 +4,9 @@ import json
 import tarfile
 from pathlib import Path
 
-import archive
 import images_support
 import pytest
-from images_support import image
+from images_support import archive, image
 
 from fcvm.errors import ImageError, NotFoundError, UsageError
 from fcvm.images import load

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fcvm.errors import ImageError
-from fcvm.images import disk, skopeo, store, work
+from fcvm.images import disk, oci_archive, skopeo, store, work
 from fcvm.images.reference import Reference
 from fcvm.images.store import Image
 from fcvm.storage.layout import Layout, locked
@@ -48,13 +48,19 @@ def image(
         with _shown(progress) as shown:
             fetched = scratch / "image"
             with shown.step(f"Fetching {name}") as step:
-                skopeo.copy(source, fetched, lambda done: step.update(done, size), step.note)
+                skopeo.copy(
+                    _readable(source, scratch), fetched, lambda done: step.update(done, size), step.note, name=source
+                )
             manifest = disk.parse_manifest((fetched / "manifest.json").read_bytes())
             if not store.set_name(layout, name, manifest.key, stamp=stamp):
                 with shown.step(f"Converting {name}") as step:
                     target, metadata = _convert(fetched, manifest, scratch / "disk.img", name, step)
                 store.put(layout, manifest.key, target, metadata, name=name, stamp=stamp)
         return cast(Image, store.get(layout, manifest.key, name))
+
+
+def _readable(source: Reference, scratch: Path) -> Reference:
+    return oci_archive.unpack(source, scratch / "layout") if source.transport == "oci-archive" else source
 
 
 def _convert(

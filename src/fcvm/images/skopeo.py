@@ -56,20 +56,26 @@ def inspect(reference: Reference) -> bytes:
 
 
 def copy(
-    reference: Reference, destination: Path, fetched: Callable[[int], object], note: Callable[[str], object]
+    source: Reference,
+    destination: Path,
+    fetched: Callable[[int], object],
+    note: Callable[[str], object],
+    *,
+    name: Reference | None = None,
 ) -> None:
     """Copy the image to the directory ``destination`` (skopeo's ``dir:``), byte for byte as it is at its source.
 
     Arguments:
         fetched: called now and then with the number of bytes that are there.
         note: called with what skopeo says that it does.
+        name: what the user knows it by, for errors.
 
     Raises:
         ImageError, HostError: as ``inspect``; something may be left at ``destination``.
     """
     scratch = destination.with_name(destination.name + ".tmp")
     scratch.mkdir()
-    command = [*_command(reference), f"--tmpdir={scratch}", "copy", reference.source, f"dir:{destination}"]
+    command = [*_command(source), f"--tmpdir={scratch}", "copy", source.source, f"dir:{destination}"]
     log.debug(f"running {' '.join(command)}")
     child = process.spawn(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | {"TMPDIR": str(scratch)}
@@ -92,7 +98,7 @@ def copy(
         if child.stdout is not None:
             child.stdout.close()
     if code != 0:
-        raise explain(reference, said.decode(errors="replace"))
+        raise explain(name or source, said.decode(errors="replace"))
     fetched(_size(destination))
 
 
@@ -117,7 +123,9 @@ def explain(reference: Reference, output: str) -> ImageError:
         return ImageError(f"The Docker daemon has no image {reference.location}.", hint="docker images")
     if reference.path and "permission denied" in reason:
         return ImageError(f"{reference.path} cannot be read: permission denied.", hint=f"ls -l {reference.path}")
-    if reference.path and re.search(r"not found in|more than one image|no descriptor found", reason):
+    if reference.path and re.search(
+        r'Tag ".*" not found|Invalid source index|more than one image|no descriptor found', reason
+    ):
         return ImageError(f"{reference.path} does not hold the one image that {reference} asks for: {_brief(reason)}.",
                           hint=f"{reference.transport}:{reference.path}:NAME names one of several")  # fmt: skip
     if reference.path and re.search(DAMAGED, reason):

@@ -1,0 +1,44 @@
+"""Unpacks an OCI archive to the directory layout in it.
+
+skopeo would unpack it with the owners that the archive names, which only root may do.
+"""
+
+import gzip
+import lzma
+import os
+import re
+import shutil
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+from fcvm.errors import ImageError
+from fcvm.images.reference import Reference
+
+FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
+
+
+def unpack(archive: Reference, directory: Path) -> Reference:
+    """Unpack what an OCI layout consists of, and nothing else, to ``directory``; returns the reference of the same image there.
+
+    Raises:
+        ImageError: it is no tar, or a damaged one.
+    """
+    directory.mkdir()
+    try:
+        with tarfile.open(archive.path) as tar:
+            for member in tar:
+                name = os.path.normpath(member.name)
+                content = tar.extractfile(member) if member.isreg() and FILES.fullmatch(name) else None
+                if content is not None:
+                    target = directory / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("wb") as file:
+                        shutil.copyfileobj(content, file, 1 << 20)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ImageError(
+            f"{archive.path} is damaged, or not an OCI archive.", hint=f"tar -tf {archive.path}"
+        ) from error
+    suffix = archive.location.removeprefix(archive.path)
+    return replace(archive, transport="oci", location=f"{directory}{suffix}", path=str(directory))
