@@ -119,7 +119,9 @@ def _stamp(wanted: Reference) -> str:
         from fcvm.images import skopeo
 
         return hashlib.sha256(skopeo.inspect(wanted)).hexdigest()
-    return ""
+    from fcvm.images import docker
+
+    return docker.image_id(wanted.location)
 
 
 def missing(text: str) -> ImageError:

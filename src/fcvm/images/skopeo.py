@@ -75,7 +75,9 @@ def copy(
     """
     scratch = destination.with_name(destination.name + ".tmp")
     scratch.mkdir()
-    command = [*_command(source), f"--tmpdir={scratch}", "copy", source.source, f"dir:{destination}"]
+    daemon = os.environ.get("DOCKER_HOST") if source.transport == "docker-daemon" else None
+    options = [f"--src-daemon-host={daemon}"] if daemon else []
+    command = [*_command(source), f"--tmpdir={scratch}", "copy", *options, source.source, f"dir:{destination}"]
     log.debug(f"running {' '.join(command)}")
     child = process.spawn(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | {"TMPDIR": str(scratch)}
@@ -195,7 +197,7 @@ def _command(reference: Reference) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """What users steer skopeo and Podman's storage with, besides what every child gets."""
-    names = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "CONTAINERS_STORAGE_CONF", "DOCKER_HOST", "DOCKER_CERT_PATH",
+    names = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "CONTAINERS_STORAGE_CONF", "DOCKER_CERT_PATH",
              "DOCKER_TLS_VERIFY", "SSL_CERT_DIR", "STORAGE_DRIVER", "STORAGE_OPTS")  # fmt: skip
     return {name: os.environ[name] for name in names if name in os.environ}
 
