@@ -1,0 +1,253 @@
+"""What the machine's PID 1 does to its operating system: mounts, modules, network, data disk, user, sshd, power off.
+
+One function per thing, each raising ``Broken`` with one sentence when the machine cannot go on without it.
+"""
+
+import ctypes
+import fcntl
+import os
+import pwd
+import signal
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
+
+# <linux/mount.h>
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME, MS_REC, MS_SHARED = 1, 2, 4, 8, 1024, 1 << 14, 1 << 20
+MNT_DETACH = 2
+
+# <linux/sockios.h>, <linux/if.h>
+SIOCADDRT, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
+IFF_UP, RTF_UP, RTF_GATEWAY = 1, 1, 2
+
+RB_POWER_OFF = 0x4321FEDC  # <linux/reboot.h>
+
+# <linux/btrfs_tree.h>: the superblock and its first copy; the magic is at byte 64 of each.
+BTRFS_SUPERBLOCKS = (64 << 10, 64 << 20)
+BTRFS_MAGIC = b"_BHRfS_M"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Broken(Exception):
+    """The machine cannot start or go on, and why."""
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
+    """mount(2), with the target made if it is missing. Raises OSError."""
+    if target != "/":
+        os.makedirs(target, exist_ok=True)
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode() or None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+
+
+def mounts() -> None:
+    """What an init system mounts; the initrd has mounted /, /dev, /proc, /sys and /run."""
+    plain = MS_NOSUID | MS_NODEV
+    mount("tmpfs", "/tmp", "tmpfs", plain, "mode=1777")
+    mount("tmpfs", "/dev/shm", "tmpfs", plain, "mode=1777")
+    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")
+    mount("mqueue", "/dev/mqueue", "mqueue", plain | MS_NOEXEC)
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", plain | MS_NOEXEC, "nsdelegate")
+    # cgroup v2: controllers can be handed down only by a group without processes of its own.
+    os.makedirs("/sys/fs/cgroup/init", exist_ok=True)
+    _write("/sys/fs/cgroup/init/cgroup.procs", "1")
+    with open("/sys/fs/cgroup/cgroup.controllers") as names:
+        for name in names.read().split():
+            with suppress(OSError):
+                _write("/sys/fs/cgroup/cgroup.subtree_control", f"+{name}")
+    mount("none", "/", "none", MS_REC | MS_SHARED)  # as systemd does; mounts in new namespaces follow
+    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+        if not os.path.lexists(f"/dev/{name}"):
+            os.symlink(f"/proc/self/{target}", f"/dev/{name}")
+
+
+def run(*argv: str) -> str:
+    """Run a program to its end; returns what it printed. Raises Broken: it failed."""
+    read, write = os.pipe()
+    with open(os.devnull) as null:
+        actions = [
+            (os.POSIX_SPAWN_DUP2, null.fileno(), 0),
+            (os.POSIX_SPAWN_DUP2, write, 1),
+            (os.POSIX_SPAWN_DUP2, write, 2),
+        ]
+        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        output = pipe.read().decode(errors="replace").strip()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code != 0:
+        raise Broken(f"`{' '.join(argv)}` failed with exit code {code}: {output}")
+    return output
+
+
+def network(configuration: dict[str, Any]) -> None:
+    """Bring up the loopback and eth0 with its fixed address on QEMU's user network, and name the host."""
+    socket.sethostname(configuration["hostname"])
+    address = socket.inet_aton(configuration["address"])
+    mask = struct.pack(">I", 0xFFFFFFFF << (32 - configuration["prefix"]) & 0xFFFFFFFF)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        _interface_up(control, "lo")
+        _ioctl_address(control, SIOCSIFADDR, "eth0", address)
+        _ioctl_address(control, SIOCSIFNETMASK, "eth0", mask)
+        _interface_up(control, "eth0")
+        # struct rtentry of 64-bit Linux: destination, gateway and mask are struct sockaddr
+        gateway = _sockaddr(socket.inet_aton(configuration["gateway"]))
+        route = struct.pack("<Q16s16s16sH", 0, _sockaddr(bytes(4)), gateway, _sockaddr(bytes(4)), RTF_UP | RTF_GATEWAY)
+        with suppress(FileExistsError):
+            fcntl.ioctl(control, SIOCADDRT, route.ljust(120, b"\0"))
+    _write("/etc/resolv.conf", f"nameserver {configuration['dns']}\n")
+    _write("/etc/hosts", f"127.0.0.1 localhost {configuration['hostname']}\n::1 localhost\n")
+    _write("/proc/sys/net/ipv4/ip_forward", "1")
+    # A published port arrives on eth0, whatever address its listener has; see machine_ports.py.
+    _write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
+
+
+def _interface_up(control: socket.socket, name: str) -> None:
+    request = struct.pack("16sH22x", name.encode(), 0)
+    flags = struct.unpack_from("<H", fcntl.ioctl(control, SIOCGIFFLAGS, request), 16)[0]
+    fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags | IFF_UP))
+
+
+def _ioctl_address(control: socket.socket, request: int, name: str, address: bytes) -> None:
+    fcntl.ioctl(control, request, struct.pack("16s16s8x", name.encode(), _sockaddr(address)))
+
+
+def _sockaddr(address: bytes) -> bytes:
+    return struct.pack("<HH4s8x", socket.AF_INET, 0, address)
+
+
+def devices() -> None:
+    """Permissions that udev would give: /dev/kvm for group kvm, tun and fuse for everyone."""
+    if not os.path.exists("/dev/kvm"):
+        raise Broken("the kernel has made no /dev/kvm: QEMU's CPU lacks SVM")
+    for path in ("/dev/kvm", "/dev/net/tun", "/dev/fuse", "/dev/userfaultfd"):
+        with suppress(FileNotFoundError):
+            os.chmod(path, 0o666)
+
+
+def data_disk(device: str, target: str, user: dict[str, Any] | None) -> None:
+    """Mount the data disk, with a new btrfs if it has none, grown to the size of the disk.
+
+    A disk whose mkfs was killed has no valid superblock and is made anew; one that has lost its superblock but not the
+    copy is repaired. Raises Broken: it has a file system that cannot be mounted.
+    """
+    with open(device, "rb") as disk:
+        main, copy = (_btrfs_at(disk.fileno(), offset) for offset in BTRFS_SUPERBLOCKS)
+    if not main and copy:
+        run("btrfs", "rescue", "super-recover", "-y", device)
+    elif not main:
+        run("mkfs.btrfs", "--quiet", "--force", "--metadata", "single", device)
+    try:
+        mount(device, target, "btrfs", MS_NOATIME, "discard=async")
+    except OSError as error:
+        raise Broken(f"the data disk cannot be mounted: {error.strerror}") from error
+    run("btrfs", "filesystem", "resize", "max", target)
+    if user:
+        os.chown(target, user["uid"], user["gid"])
+
+
+def _btrfs_at(disk: int, offset: int) -> bool:
+    return os.pread(disk, 8, offset + 64) == BTRFS_MAGIC
+
+
+def mount_host(tag: str, target: str) -> None:
+    """Mount the host's root directory, shared by virtio-fs."""
+    try:
+        mount(tag, target, "virtiofs", MS_NODEV | MS_NOSUID)
+    except OSError as error:
+        raise Broken(f"the host's files cannot be mounted: {error.strerror}") from error
+
+
+def add_user(user: dict[str, Any]) -> None:
+    """An account like that of the host's user: same name and ids, subordinate ids for user namespaces."""
+    name, uid, gid = user["name"], user["uid"], user["gid"]
+    with suppress(KeyError):
+        pwd.getpwuid(uid)
+        return
+    home = f"/home/{name}"
+    _append("/etc/passwd", f"{name}:x:{uid}:{gid}:{name}:{home}:/bin/bash\n")
+    _append("/etc/group", f"{name}:x:{gid}:\n")
+    _append("/etc/shadow", f"{name}:!:20000:0:99999:7:::\n")
+    for path in ("/etc/subuid", "/etc/subgid"):
+        _append(path, f"{name}:100000:65536\n")
+    for directory in (home, f"/run/user/{uid}"):
+        os.makedirs(directory, exist_ok=True)
+        os.chown(directory, uid, gid)
+        os.chmod(directory, 0o700)
+
+
+def start_sshd(configuration: dict[str, Any]) -> None:
+    """Start sshd for root with the one key of the host's user."""
+    directory = "/run/fcvm/ssh"
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+    _write(f"{directory}/host_key", configuration["host_key"], 0o600)
+    _write(f"{directory}/authorized_keys", configuration["authorized_key"] + "\n", 0o600)
+    _write(
+        f"{directory}/config",
+        f"HostKey {directory}/host_key\nAuthorizedKeysFile {directory}/authorized_keys\nPidFile none\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\n"
+        "UseDNS no\nStrictModes no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 1000\n"
+        "AllowUsers root\nSubsystem sftp internal-sftp\n",
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+        ready.bind(f"{directory}/notify")  # sshd says READY=1 there, as to systemd, once it listens
+        ready.settimeout(60)
+        environment = {**os.environ, "NOTIFY_SOCKET": f"{directory}/notify"}
+        # It needs its absolute name: it starts itself anew for every connection.
+        os.posix_spawn("/usr/sbin/sshd", ["/usr/sbin/sshd", "-D", "-e", "-f", f"{directory}/config"], environment)
+        try:
+            ready.recv(4096)
+        except TimeoutError as error:
+            raise Broken("sshd does not start") from error
+
+
+def set_clock(seconds: float) -> None:
+    """Set the clock to the host's, unless it differs by less than a control message may take."""
+    if abs(time.time() - seconds) > 0.1:
+        time.clock_settime(time.CLOCK_REALTIME, seconds)
+
+
+def end_all_processes(patience: float) -> None:
+    """SIGTERM to every process but us, SIGKILL ``patience`` seconds later to those that are left; reap them."""
+    deadline = time.monotonic() + patience
+    os.kill(-1, signal.SIGTERM if patience else signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        left = deadline - time.monotonic()
+        if left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None:
+            os.kill(-1, signal.SIGKILL)
+            deadline = time.monotonic() + 1
+
+
+def unmount(*targets: str) -> None:
+    """Unmount, by force of a lazy unmount where something still uses the file system; then write everything out."""
+    for target in targets:
+        if _libc.umount2(target.encode(), 0):
+            _libc.umount2(target.encode(), MNT_DETACH)
+    os.sync()
+
+
+def power_off() -> NoReturn:
+    """End QEMU."""
+    _libc.reboot(RB_POWER_OFF)
+    raise SystemExit(1)
+
+
+def _write(path: str, text: str, mode: int = 0o644) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with open(fd, "w") as file:
+        file.write(text)
+
+
+def _append(path: str, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)

@@ -1,0 +1,139 @@
+"""Runs a parsed command in the machine as if it ran here: terminal, streams, signals, exit code, and its very life.
+
+The command is a session of the machine's session server, reached through a Unix socket that the keeper's OpenSSH
+connection forwards. Its grace is 0: if this process ends, even by SIGKILL, the connection breaks and the command is
+killed. It is run as root for root, and as the account of the same name otherwise.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fcvm.agent.session import FORWARDED, Exit, Request, stream
+from fcvm.config import Config
+from fcvm.errors import AgentError, FcvmError, MachineError
+from fcvm.linux import sockets
+from fcvm.machine import state
+from fcvm.machine.state import Places
+from fcvm.machine.sync import BASE, HOST, Plan, plan, synced
+from fcvm.setup.assets import Assets, find
+from fcvm.storage.layout import Layout
+
+# Of our environment, what shapes a command's output.
+PASSED_ON = ("TERM", "COLORTERM", "NO_COLOR", "LANG", "LC_ALL", "TZ")
+
+
+def forward(envelope: Mapping[str, Any], config: Config) -> int:
+    """Run the command that ``envelope`` describes in the machine, started first if need be; returns its exit code.
+
+    Raises:
+        SetupError: setup has not been run.
+        HostError, MachineError: the machine cannot be started.
+        BrokenPipeError: nobody reads our output any more; the command is hung up.
+    """
+    layout = Layout(config.base_dir)
+    assets = find(config, layout)
+    places = Places.of(layout.base)
+    wanted = plan(assets, layout.base)
+    if not _ready(places, wanted):
+        _prepare(config, layout, assets)
+    request = Request(
+        [str(wanted.code), json.dumps(envelope)],
+        target="fcvm",
+        user=_user(),
+        env=environment(wanted),
+        cwd="/",
+        tty=_has_terminal(),
+        stdin=True,
+        grace=0,
+    )
+    try:
+        ended = run(places, request)
+    except (OSError, AgentError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise _lost(places, error) from error
+    if ended.message:
+        raise FcvmError(ended.message, exit_code=ended.code)
+    return ended.code
+
+
+def run(places: Places, request: Request) -> Exit:
+    """Run one session with our own streams and signals. Raises OSError, AgentError: the machine is not there."""
+    if not request.tty and not _open(0):
+        request.stdin = False
+    return stream(
+        lambda: sockets.connect(places.session),
+        request,
+        stdin=0 if request.stdin else None,
+        on_output=_write,
+        terminal=0 if request.tty else None,
+        signals=FORWARDED,
+        give_up=lambda _error, _since: True,  # with a grace of 0 there is nothing to come back to
+    )
+
+
+def environment(wanted: Plan) -> dict[str, str]:
+    """The environment of fcvm in the machine."""
+    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env["FCVM_HOST_ROOT"] = str(HOST)
+    env["FCVM_BASE_DIR"] = str(BASE)
+    env["FCVM_ASSETS"] = str(wanted.assets)
+    if os.geteuid() != 0:
+        env["XDG_RUNTIME_DIR"] = f"/run/user/{os.geteuid()}"
+    return env
+
+
+def _ready(places: Places, wanted: Plan) -> bool:
+    return synced(places, wanted) and state.alive(places)
+
+
+def _prepare(config: Config, layout: Layout, assets: Assets) -> None:
+    from fcvm.machine.machine import Machine
+    from fcvm.setup import progress
+
+    with progress.open() as shown:
+        Machine(config, layout).ensure_started(assets, shown)
+
+
+def _user() -> str | None:
+    if os.geteuid() == 0:
+        return None
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _has_terminal() -> bool:
+    """Whether all our streams are one terminal, and we are in its foreground: in the background, leave it alone."""
+    try:
+        return all(os.isatty(fd) for fd in (0, 1, 2)) and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _open(fd: int) -> bool:
+    """Whether there is something to read from at ``fd``: a job in the background must not read from its terminal."""
+    try:
+        return not os.isatty(fd) or os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _write(name: str, data: bytes) -> None:
+    fd = 1 if name == "stdout" else 2
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _lost(places: Places, error: Exception) -> MachineError:
+    now = state.read(places)
+    if now.phase == "broken" and now.error:
+        return MachineError(now.error, hint=now.hint)
+    if now.phase != "running":
+        return MachineError("The machine was stopped while the command ran.", hint="fcvm machine start")
+    return MachineError(f"The connection to the machine was lost: {error}", hint="fcvm machine status")
+
+

@@ -1,0 +1,365 @@
+"""The process behind a running machine: it starts QEMU, serves it the host's files, and keeps the OpenSSH connection.
+
+One keeper per machine, detached from the command that started it. QEMU and ssh are bound to it (SIGKILL when it ends,
+however that happens) and it ends with QEMU, so nothing is left over and nothing runs twice. It is a small event loop
+over descriptors: the control channel to the machine's PID 1, QEMU's and ssh's pidfds. SIGTERM stops the machine
+properly.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fcvm import process
+from fcvm.errors import FcvmError, HostError, MachineError
+from fcvm.linux import inotify
+from fcvm.machine import hostfs, qemu, ssh, state
+from fcvm.machine.qmp import Monitor
+from fcvm.machine.state import Places, State
+
+START_TIME = 300.0  # seconds that a start may take on a very busy host
+STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
+CLOCK_EVERY = 300.0  # seconds between two settings of the machine's clock
+CONSOLE_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run: sizes in MiB, ``boot`` from ``machine.boot_key``; descriptors inherited from the starter."""
+
+    base: Path
+    cpus: int
+    memory: int
+    disk: int
+    kernel: Path
+    initrd: Path
+    root: Path
+    kernel_arguments: str
+    boot: str
+    progress_fd: int
+    starting_fd: int
+
+    def to_json(self) -> str:
+        return json.dumps({name: _plain(getattr(self, name)) for name in self.__slots__})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        paths = ("base", "kernel", "initrd", "root")
+        return cls(**{name: Path(value) if name in paths else value for name, value in json.loads(text).items()})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+class Stop(BaseException):
+    """SIGTERM: stop the machine."""
+
+
+def main() -> int:
+    """Run the machine that the job in the first argument describes, until it ends."""
+    job = Job.from_json(sys.argv[1])
+    places = Places.of(job.base)
+    lock = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the starter has looked, and holds the other lock
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return Keeper(job, places).run()
+
+
+def _stop(_number: int, _frame: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+    raise Stop
+
+
+class Keeper:
+    """One machine, from its start to its end."""
+
+    def __init__(self, job: Job, places: Places) -> None:
+        self._job = job
+        self._places = places
+        self._state = State(
+            "starting", pid=os.getpid(), since=time.time(), cpus=job.cpus, memory=job.memory, disk=job.disk, boot=job.boot
+        )
+        self._buffer = b""
+        self._published: dict[int, tuple[str, str, int]] = {}
+
+    def run(self) -> int:
+        """Start the machine, keep it, end it. Returns the exit code."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._start(stack)
+                self._tell("running")
+                self._finish_start()
+                self._keep()
+            except Stop:
+                self._tell("stopping", "ending processes")
+                self._shut_down()
+            except (FcvmError, OSError, ValueError) as error:
+                self._say(f"error: {error}")
+                hint = getattr(error, "hint", None) or "fcvm machine logs"
+                self._end(State("broken", since=time.time(), disk=self._job.disk, error=_sentence(error), hint=hint))
+                return 1
+        self._end(State("stopped", disk=self._job.disk))
+        return 0
+
+    def _end(self, final: State) -> None:
+        """Leave nothing in the runtime directory, and the last word in the state."""
+        with contextlib.suppress(OSError):
+            for leftover in self._places.runtime.iterdir():
+                leftover.unlink()
+            self._places.runtime.rmdir()
+        state.write(self._places, final)
+        if final.error:
+            self._progress({"error": final.error, "hint": final.hint})
+        self._finish_start()
+
+    # Telling
+
+    def _tell(self, phase: state.Phase, detail: str = "") -> None:
+        self._state = replace(self._state, phase=phase, detail=detail)
+        state.write(self._places, self._state)
+        self._say(f"{phase} {detail}".strip())
+        self._progress({"phase": phase, "detail": detail})
+
+    def _progress(self, message: dict[str, str]) -> None:
+        if self._job.progress_fd >= 0:
+            with contextlib.suppress(OSError):  # the starter may be gone: the machine starts for whoever comes next
+                os.write(self._job.progress_fd, json.dumps(message).encode() + b"\n")
+
+    def _finish_start(self) -> None:
+        """Let the starter and those who wait behind it go on."""
+        if self._job.progress_fd >= 0:
+            os.close(self._job.progress_fd)
+            fcntl.flock(self._job.starting_fd, fcntl.LOCK_UN)
+            os.close(self._job.starting_fd)
+            self._job = replace(self._job, progress_fd=-1, starting_fd=-1)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    # Starting
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        self._tell("starting", "preparing")
+        deadline = time.monotonic() + START_TIME
+        make_disk(self._places.disk, self._job.disk)
+        ssh.make_keys(self._places)
+        self._start_qemu(stack)
+        self._tell("starting", "booting")
+        self._wait_for_boot(deadline)
+        self._set_clock()
+        self._tell("starting", "connecting")
+        port = self._monitor.forward("tcp", "127.0.0.1", 0, qemu.ADDRESS, 22)
+        self._state = replace(self._state, ssh_port=port)
+        ssh.write_config(self._places, port)
+        self._start_ssh()
+        self._wait_for_ssh(deadline)
+
+    def _start_qemu(self, stack: contextlib.ExitStack) -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        self._control, monitor, files = (ours for ours, _ in pairs)
+        control_fd, qmp_fd, hostfs_fd = (theirs.fileno() for _, theirs in pairs)
+        self._places.oem.write_text(self._oem())
+        self._places.oem.chmod(0o600)
+        self._places.console.unlink(missing_ok=True)
+        spec = qemu.Spec(
+            cpus=self._job.cpus,
+            memory=self._job.memory,
+            kernel=self._job.kernel,
+            initrd=self._job.initrd,
+            root=self._job.root,
+            disk=self._places.disk,
+            oem=self._places.oem,
+            console=self._places.console,
+            control_fd=control_fd,
+            qmp_fd=qmp_fd,
+            hostfs_fd=hostfs_fd,
+            kernel_arguments=self._job.kernel_arguments,
+        )
+        self._qemu = process.spawn(
+            qemu.command(spec, qemu.find()),
+            stdout=sys.stderr,
+            stderr=sys.stderr,
+            cwd="/",
+            pass_fds=(control_fd, qmp_fd, hostfs_fd),
+        )
+        stack.callback(_end_process, self._qemu)
+        for _, theirs in pairs:
+            theirs.close()
+        self._qemu_fd = os.pidfd_open(self._qemu.pid)
+        self._state = replace(self._state, qemu_pid=self._qemu.pid)
+        self._monitor = Monitor(monitor)
+        threading.Thread(target=self._serve_files, args=(files,), daemon=True, name="hostfs").start()
+
+    def _serve_files(self, sock: socket.socket) -> None:
+        """Serve the host's files; without them the machine is useless, so a failure ends it."""
+        try:
+            hostfs.serve_host(sock)
+        except Exception as error:
+            self._say(f"error: the server of the host's files failed: {error!r}")
+            self._qemu.kill()
+
+    def _oem(self) -> str:
+        """What the machine is told at its start; see fc_agent/machine.py."""
+        user = None
+        if os.geteuid() != 0:
+            import pwd
+
+            entry = pwd.getpwuid(os.geteuid())
+            user = {"name": entry.pw_name, "uid": entry.pw_uid, "gid": entry.pw_gid}
+        configuration = {
+            "hostname": "fcvm-machine",
+            "address": qemu.ADDRESS,
+            "prefix": qemu.PREFIX,
+            "gateway": qemu.GATEWAY,
+            "dns": qemu.DNS,
+            "authorized_key": self._places.key.with_suffix(".pub").read_text().strip(),
+            "host_key": self._places.host_key.read_text(),
+            "user": user,
+        }
+        return f"fcvm:{json.dumps(configuration)}"
+
+    def _wait_for_boot(self, deadline: float) -> None:
+        while True:
+            for message in self._receive(deadline):
+                if message["type"] == "broken":
+                    self._send({"type": "shutdown"})
+                    raise MachineError(
+                        f"The machine cannot start: {message['message']}.",
+                        hint="fcvm machine logs; fcvm machine rm makes a new one (its VMs and snapshots are lost)",
+                    )
+                if message["type"] == "phase":
+                    self._say(f"machine: {message['name']} at {message['uptime']:.2f} s")
+                    if message["name"] == "ready":
+                        return
+
+    def _receive(self, deadline: float) -> list[dict[str, Any]]:
+        """The control messages that have come, waited for until ``deadline``. Raises MachineError: QEMU ended, or late."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._qemu_fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+        if self._control.fileno() in ready:
+            data = self._control.recv(65536)
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            if data:
+                return [json.loads(line) for line in lines]
+        if self._qemu_fd in ready or self._control.fileno() in ready:
+            raise self._died()
+        raise MachineError(f"The machine did not start within {START_TIME:.0f} seconds.{self._last_words()}")
+
+    def _died(self) -> MachineError:
+        code = self._qemu.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return MachineError(f"QEMU {how}.{self._last_words()}", hint="fcvm machine logs")
+
+    def _last_words(self) -> str:
+        try:
+            lines = self._places.console.read_text(errors="replace").splitlines()[-CONSOLE_LINES:]
+        except OSError:
+            lines = []
+        return "".join(f"\n  {line}" for line in ["The end of its console:", *lines]) if lines else ""
+
+    def _start_ssh(self) -> None:
+        self._ssh = process.spawn(ssh.master_command(self._places), stdout=sys.stderr, stderr=sys.stderr, cwd="/")
+        self._ssh_fd = os.pidfd_open(self._ssh.pid)
+
+    def _wait_for_ssh(self, deadline: float) -> None:
+        """Until the forwarded socket exists, which ssh makes when the connection stands."""
+        with inotify.Watch(self._places.runtime, inotify.IN_CREATE) as watch:
+            while not self._places.session.exists():
+                left = deadline - time.monotonic()
+                if not watch.wait(timeout=left, unless=self._ssh_fd):
+                    raise MachineError("OpenSSH does not get into the machine.", hint="fcvm machine logs")
+
+    # Running
+
+    def _keep(self) -> None:
+        """Serve the machine until QEMU ends. Raises MachineError: it ended by itself."""
+        while True:
+            poll = select.poll()
+            for fd in (self._control.fileno(), self._qemu_fd, self._ssh_fd):
+                poll.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(CLOCK_EVERY * 1000)}
+            if self._control.fileno() in ready:
+                for message in self._receive(time.monotonic()):
+                    self._on_message(message)
+            elif self._qemu_fd in ready:
+                raise self._died()
+            elif self._ssh_fd in ready:
+                self._say(f"ssh ended with {self._ssh.wait()}, starting it again")
+                os.close(self._ssh_fd)
+                self._start_ssh()
+                self._wait_for_ssh(time.monotonic() + 60)
+            else:
+                self._set_clock()
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        number = int(message.get("id", 0))
+        if message["type"] == "publish":
+            answer: dict[str, Any] = {"type": "published", "id": number}
+            where = (str(message["protocol"]), str(message["host_ip"]), int(message["host_port"]))
+            try:
+                port = self._monitor.forward(*where, qemu.ADDRESS, int(message["port"]))
+                self._published[number] = (where[0], where[1], port)
+                answer["host_port"] = port
+            except FcvmError as error:
+                answer["error"] = error.message
+            self._send(answer)
+        elif message["type"] == "unpublish" and number in self._published:
+            self._monitor.cancel(*self._published.pop(number))
+
+    def _set_clock(self) -> None:
+        self._send({"type": "time", "seconds": time.time()})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # QEMU is ending; its pidfd says so
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+
+    def _shut_down(self) -> None:
+        """Ask the machine to power off; the exit stack kills QEMU if it does not."""
+        if hasattr(self, "_qemu_fd"):
+            self._send({"type": "shutdown"})
+            select.select([self._qemu_fd], [], [], STOP_TIME)
+
+
+def _end_process(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+
+
+def _sentence(error: BaseException) -> str:
+    return error.message if isinstance(error, FcvmError) else f"The machine's keeper failed: {error!r}."
+
+
+def make_disk(path: Path, size: int) -> None:
+    """Make the sparse data disk of ``size`` MiB, or grow it; it never shrinks. Raises HostError: no space, no right."""
+    try:
+        if not path.exists():
+            temporary = path.with_suffix(".creating")
+            with open(temporary, "wb") as disk:
+                disk.truncate(size << 20)
+            os.replace(temporary, path)
+        elif path.stat().st_size < size << 20:
+            os.truncate(path, size << 20)
+    except OSError as error:
+        raise HostError(f"The machine's disk {path} cannot be made: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

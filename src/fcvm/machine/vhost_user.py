@@ -1,0 +1,199 @@
+"""The device's side of the vhost-user protocol: QEMU shows the guest a virtio device, we are what it does.
+
+QEMU passes the guest's memory and each queue's addresses and eventfds over a Unix socket; from then on requests go
+between the guest and this process without it. ``Backend.serve`` runs the protocol and the queues on the calling
+thread. Message numbers and layouts: QEMU's ``docs/interop/vhost-user.rst``.
+"""
+
+import os
+import selectors
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from fcvm.machine.virtqueue import Chain, Memory, Virtqueue
+
+GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
+SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
+SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
+GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
+
+VERSION, REPLY, NEED_REPLY = 1, 1 << 2, 1 << 3
+
+# Bits of the device's features and of the protocol's.
+VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1 = 28, 30, 32
+PROTOCOL_F_MQ, PROTOCOL_F_REPLY_ACK = 0, 3
+
+_HEADER = struct.Struct("<III")  # request, flags, size of the payload
+_U64 = struct.Struct("<Q")
+_STATE = struct.Struct("<II")  # queue, number
+_ADDRESSES = struct.Struct("<IIQQQQ")  # queue, flags, descriptors, used, available, log
+_REGION = struct.Struct("<QQQQ")  # guest address, size, user address, offset in the file
+NO_FD = 1 << 8  # in a vring's fd message: none was passed
+
+Complete = Callable[[int], None]
+Handler = Callable[[int, Chain, Complete], None]
+
+
+class _Ring:
+    """What QEMU has told about one queue, and the queue while it runs."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.base = 0
+        self.addresses: tuple[int, int, int] | None = None
+        self.kick = -1
+        self.call = -1
+        self.enabled = False
+        self.queue: Virtqueue | None = None
+        self.lock = threading.Lock()  # handlers may complete on other threads
+
+
+class Backend:
+    """A device with ``queues`` virtqueues, served over the connected socket ``sock``.
+
+    ``handle(queue, chain, complete)`` is called for every request and must call ``complete(written)`` once, at once
+    or later and on any thread.
+    """
+
+    def __init__(self, sock: socket.socket, queues: int, handle: Handler) -> None:
+        self._sock = sock
+        self._rings = [_Ring() for _ in range(queues)]
+        self._handle = handle
+        self._selector = selectors.DefaultSelector()
+        self._memory = Memory([])
+
+    def serve(self) -> None:
+        """Serve until QEMU closes the connection. Raises ValueError, OSError: QEMU or the guest broke the protocol."""
+        self._selector.register(self._sock, selectors.EVENT_READ, None)
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    if key.data is not None:
+                        self._kicked(key.data)
+                    elif not self._message():
+                        return
+        finally:
+            self._selector.close()
+            for ring in self._rings:
+                _close(ring.kick, ring.call)
+
+    def _message(self) -> bool:
+        header, fds, _, _ = socket.recv_fds(self._sock, _HEADER.size, 16)
+        if not header:
+            return False
+        try:
+            request, flags, size = _HEADER.unpack(header)
+            payload = self._sock.recv(size, socket.MSG_WAITALL) if size else b""
+            reply = self._request(request, payload, fds)
+        finally:
+            _close(*fds)
+        if reply is None and flags & NEED_REPLY:
+            reply = _U64.pack(0)
+        if reply is not None:
+            self._sock.sendall(_HEADER.pack(request, VERSION | REPLY, len(reply)) + reply)
+        return True
+
+    def _request(self, request: int, payload: bytes, fds: list[int]) -> bytes | None:
+        """Carry one message out; takes the descriptors it keeps out of ``fds``. Returns the reply it calls for."""
+        match request:
+            case 1:  # GET_FEATURES
+                features = (VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1)
+                return _U64.pack(sum(1 << bit for bit in features))
+            case 15:  # GET_PROTOCOL_FEATURES
+                return _U64.pack(1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK)
+            case 17:  # GET_QUEUE_NUM
+                return _U64.pack(len(self._rings))
+            case 5:  # SET_MEM_TABLE
+                count = struct.unpack_from("<I", payload)[0]
+                regions = [_REGION.unpack_from(payload, 8 + i * _REGION.size) for i in range(count)]
+                self._memory = Memory(
+                    [Memory.map(fd, g, u, n, o) for fd, (g, n, u, o) in zip(fds, regions, strict=True)]
+                )
+                for ring in self._rings:
+                    self._restart(ring)
+            case 8:  # SET_VRING_NUM
+                index, ring_size = _STATE.unpack(payload)
+                self._rings[index].size = ring_size
+            case 9:  # SET_VRING_ADDR
+                index, _, desc, used, avail, _ = _ADDRESSES.unpack(payload)
+                self._rings[index].addresses = (desc, avail, used)
+            case 10:  # SET_VRING_BASE
+                index, base = _STATE.unpack(payload)
+                self._rings[index].base = base
+            case 11:  # GET_VRING_BASE: stops the queue
+                index, _ = _STATE.unpack(payload)
+                ring = self._rings[index]
+                self._stop(ring)
+                return _STATE.pack(index, ring.base)
+            case 12 | 13 | 14:  # SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR
+                value = _U64.unpack(payload)[0]
+                ring = self._rings[value & 0xFF]
+                fd = -1 if value & NO_FD else fds.pop()
+                if request == SET_VRING_KICK:
+                    self._stop(ring)
+                    _close(ring.kick)
+                    ring.kick = fd
+                    self._start(ring)
+                elif request == SET_VRING_CALL:
+                    with ring.lock:
+                        _close(ring.call)
+                        ring.call = fd
+                else:
+                    _close(fd)
+            case 18:  # SET_VRING_ENABLE
+                index, enabled = _STATE.unpack(payload)
+                ring = self._rings[index]
+                ring.enabled = bool(enabled)
+                self._start(ring) if enabled else self._stop(ring)
+            case _:  # SET_FEATURES, SET_PROTOCOL_FEATURES, SET_OWNER...: nothing that we choose depends on them
+                pass
+        return None
+
+    def _start(self, ring: _Ring) -> None:
+        if ring.queue is None and ring.enabled and ring.kick >= 0 and ring.addresses is not None:
+            with ring.lock:
+                ring.queue = Virtqueue(self._memory, ring.size, *ring.addresses, ring.base)
+            self._selector.register(ring.kick, selectors.EVENT_READ, ring)
+            self._drain(ring)
+
+    def _stop(self, ring: _Ring) -> None:
+        if ring.queue is not None:
+            self._selector.unregister(ring.kick)
+            with ring.lock:
+                ring.base = ring.queue.index
+                ring.queue = None
+
+    def _restart(self, ring: _Ring) -> None:
+        if ring.queue is not None:  # the memory has moved under it
+            self._stop(ring)
+            self._start(ring)
+
+    def _kicked(self, ring: _Ring) -> None:
+        with suppress(BlockingIOError):
+            os.read(ring.kick, 8)
+        self._drain(ring)
+
+    def _drain(self, ring: _Ring) -> None:
+        number = self._rings.index(ring)
+        while ring.queue is not None and (chain := ring.queue.pop()) is not None:
+            self._handle(number, chain, self._completion(ring, ring.queue, chain.head))
+
+    @staticmethod
+    def _completion(ring: _Ring, queue: Virtqueue, head: int) -> Complete:
+        def complete(written: int) -> None:
+            with ring.lock:
+                if ring.queue is queue:  # else the guest has reset the device: nobody waits any more
+                    queue.push(head, written)
+                    if ring.call >= 0:
+                        os.write(ring.call, _U64.pack(1))
+
+        return complete
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
