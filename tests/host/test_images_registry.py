@@ -1,11 +1,13 @@
 """Images from a real registry server (Debian's docker-registry) on loopback."""
 
+import base64
 import hashlib
 import json
 import os
 import re
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,23 +142,18 @@ def test_a_registry_that_is_gone(tmp_path: Path, home: Path, layout: Layout) -> 
     assert sorted(path.suffix for path in layout.images.glob("[!.]*")) == [".img", ".json", ".json"]
 
 
-def test_a_registry_that_does_not_answer_in_its_language(home: Path, layout: Layout) -> None:
+def test_a_server_that_is_no_registry(home: Path, layout: Layout) -> None:
+    script = "import socket, sys\nserver = socket.socket(fileno=int(sys.argv[1]))\nwhile True: server.accept()[0].close()"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         trust(home, address)
-        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as helper:
-            # Every connection is taken and closed at once, by a process of its own as resolve blocks us.
-            pid = os.fork()
-            if pid == 0:
-                while True:
-                    server.accept()[0].close()
+        command = [sys.executable, "-c", script, str(server.fileno())]
+        with subprocess.Popen(command, pass_fds=[server.fileno()]) as hangs_up:
             try:
                 with pytest.raises(ImageError, match=f"The registry {address}"):
                     resolve.ensure(f"{address}/x", layout=layout)
             finally:
-                os.kill(pid, 9)
-                os.waitpid(pid, 0)
-                helper.kill()
+                hangs_up.kill()
 
 
 def test_plain_http_needs_to_be_allowed(registry: str, home: Path, layout: Layout) -> None:
@@ -175,33 +172,29 @@ def test_what_the_registry_does_not_have(registry: str, pushed: Callable[..., st
     assert not list((layout.base / "images").glob("*.img"))
 
 
-def test_a_registry_that_wants_a_password(tmp_path: Path, home: Path, layout: Layout) -> None:
+@pytest.mark.parametrize("file", ["home/.docker/config.json", "auth.json"])  # as docker login and podman login write
+def test_a_registry_that_wants_a_password(
+    tmp_path: Path, home: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     (tmp_path / "htpasswd").write_text(PASSWORD)
+    credentials = tmp_path / file
+    credentials.parent.mkdir(exist_ok=True)
     with running(tmp_path / "registry", f"auth: {{htpasswd: {{realm: test, path: {tmp_path}/htpasswd}}}}\n") as address:
         trust(home, address)
+        name = f"{address}/x"
         digest = push(address, "x", creds="user:secret", path=tmp_path / "a.tar")
         with pytest.raises(ImageError, match="does not exist, or needs a login") as caught:
-            resolve.ensure(f"{address}/x", layout=layout)
+            resolve.ensure(name, layout=layout)
         assert caught.value.hint == f"skopeo login {address}"
-        for file in (home / ".docker/config.json", tmp_path / "auth.json"):  # as written by docker and podman login
-            file.parent.mkdir(exist_ok=True)
-            environment = {"REGISTRY_AUTH_FILE": str(file)}
-            process.run(["skopeo", "login", "-u", "user", "--password-stdin", "--tls-verify=false", address],
-                        input=b"secret", env=environment)  # fmt: skip
-            if file.name == "auth.json":
-                (home / ".docker/config.json").unlink()
-                os.environ["REGISTRY_AUTH_FILE"] = str(file)
-            try:
-                assert resolve.ensure(f"{address}/x", pull="always", layout=layout).digest == digest
-            finally:
-                os.environ.pop("REGISTRY_AUTH_FILE", None)
-        file.write_text(file.read_text().replace('"auth": "', '"auth": "AAAA'))
+        process.run(["skopeo", "login", "-u", "user", "--password-stdin", "--tls-verify=false", address],
+                    input=b"secret", env={"REGISTRY_AUTH_FILE": str(credentials)})  # fmt: skip
+        if file == "auth.json":
+            monkeypatch.setenv("REGISTRY_AUTH_FILE", str(credentials))
+        assert resolve.ensure(name, layout=layout).digest == digest
+        wrong = base64.b64encode(b"user:wrong").decode()
+        credentials.write_text(json.dumps({"auths": {address: {"auth": wrong}}}))
         with pytest.raises(ImageError, match="needs a login"):
-            os.environ["REGISTRY_AUTH_FILE"] = str(file)
-            try:
-                resolve.ensure(f"{address}/x", pull="always", layout=layout)
-            finally:
-                os.environ.pop("REGISTRY_AUTH_FILE", None)
+            resolve.ensure(name, pull="always", layout=layout)
 
 
 def put_list(registry: str, name: str, entries: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
-from fcvm.images import adopt, store, work
+from fcvm.images import adopt, docker, store, work
 from fcvm.storage.layout import Layout
 
 
@@ -192,3 +192,35 @@ def test_scratch_directories_do_not_outlive_their_process(layout: Layout) -> Non
         work.sweep(layout)
         assert mine.exists()
     assert not mine.exists()
+
+
+def test_the_docker_daemon_is_asked_for_an_id(tmp_path: Path) -> None:
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import ThreadingUnixStreamServer
+
+    class Daemon(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == "/images/localhost/x%3A1/json"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(b'{"Id": "sha256:abc"}')
+
+        def address_string(self) -> str:
+            return "unix"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    path = tmp_path / "docker.sock"
+    env = {"DOCKER_HOST": f"unix://{path}"}
+    assert docker.image_id("localhost/x:1", env) == ""
+    with ThreadingUnixStreamServer(str(path), Daemon) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert docker.image_id("localhost/x:1", env) == "sha256:abc"
+            assert docker.image_id("localhost/y", env) == ""
+        finally:
+            server.shutdown()
+            thread.join()
+    assert docker.image_id("x", {"DOCKER_HOST": "tcp://127.0.0.1:1"}) == ""

@@ -25,6 +25,7 @@ RESERVED = b".wh..wh."  # other marks of old storage drivers; not files
 OPAQUE_XATTR = b"trusted.overlay.opaque"
 XATTR_HEADER = "SCHILY.xattr."
 MOST_SYMLINKS = 40  # as in Linux
+BUFFER = 1 << 16  # bytes; tarfile copies what is left of it at every read
 
 KINDS = {
     tarfile.CHRTYPE: stat.S_IFCHR,
@@ -172,9 +173,8 @@ def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> Di
     """
     layer = Layer(writer, below)
     try:
-        with tarfile.open(
-            fileobj=cast(IO[bytes], stream), mode="r|", encoding="utf-8", errors="surrogateescape"
-        ) as tar:
+        file = cast(IO[bytes], stream)
+        with tarfile.open(fileobj=file, mode="r|", bufsize=BUFFER, encoding="utf-8", errors="surrogateescape") as tar:
             for member in _members(tar):
                 layer.add(member, tar.extractfile(member) if member.isreg() else None)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
