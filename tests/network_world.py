@@ -205,9 +205,11 @@ here, net, user = (int(word) if word != "-" else None for word in sys.argv[1:])
 Namespace(net, user).enter()
 there = tap.attach("tap0")
 os.write(1, b"1")
+poll = select.poll()
+for fd in (here, there):
+    poll.register(fd, select.POLLIN)
 while True:
-    ready, _, _ = select.select([here, there], [], [])
-    for source in ready:
+    for source, _ in poll.poll():
         try:
             os.write(there if source == here else here, os.read(source, 1 << 17))
         except OSError:

@@ -14,6 +14,7 @@ A table made with ``owner`` belongs to the socket that made it: nobody else can 
 when the socket is closed, however the process ended.
 """
 
+import errno
 import ipaddress
 import struct
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fcvm.linux.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     Message,
+    NetlinkError,
     attribute,
     attributes,
     each_attribute,
@@ -58,6 +60,7 @@ NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR = 3, 2
 NFT_CT_STATE, NFT_CT_STATUS = 0, 2
 NFT_NAT_SNAT, NFT_NAT_DNAT = 0, 1
 NFT_REG_VERDICT, NFT_REG_1, NFT_REG_2 = 0, 1, 2
+NFTA_TARGET_NAME = 1  # linux/netfilter/nf_tables_compat.h
 UDATA_COMMENT = 0  # libnftnl/udata.h: NFTNL_UDATA_RULE_COMMENT
 
 RTN_LOCAL = 2  # linux/rtnetlink.h
@@ -289,7 +292,9 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule as the kernel lists it: what expressions it is made of, its verdict if it has one, and its comment."""
+    """A rule as the kernel lists it: its expressions by name (a target of iptables by its own, in lower case), its verdict if
+    it has one, and its comment.
+    """
 
     family: int
     table: str
@@ -311,9 +316,13 @@ def tables(sock: netlink.Socket) -> list[tuple[int, str]]:
     return [(body[0], _string(attributes(body[4:])[NFTA_TABLE_NAME])) for _, body in listed]
 
 
-def chains(sock: netlink.Socket) -> list[Chain]:
-    """Every chain of the socket's namespace."""
-    return [_chain(body) for _, body in sock.dump(Message(_type(GETCHAIN), 0, _head(0)))]
+def chains(sock: netlink.Socket, *, leave_out: str = "") -> list[Chain]:
+    """Every chain of the socket's namespace, but of tables whose name begins with ``leave_out``."""
+    listed = [body for _, body in sock.dump(Message(_type(GETCHAIN), 0, _head(0)))]
+    if leave_out:  # looked for in the raw message: reading hundreds of chains takes milliseconds
+        unwanted = struct.pack("=H", NFTA_CHAIN_TABLE) + leave_out.encode()
+        listed = [body for body in listed if unwanted not in body]
+    return [_chain(body) for body in listed]
 
 
 def chain(sock: netlink.Socket, family: int, table: str, name: str) -> Chain | None:
@@ -321,8 +330,10 @@ def chain(sock: netlink.Socket, family: int, table: str, name: str) -> Chain | N
     body = _head(family) + text(NFTA_CHAIN_TABLE, table) + text(NFTA_CHAIN_NAME, name)
     try:
         return _chain(sock.request([Message(_type(GETCHAIN), NLM_F_ACK, body)])[0])
-    except FileNotFoundError:
-        return None
+    except NetlinkError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
 
 
 def _chain(body: bytes) -> Chain:
@@ -353,6 +364,9 @@ def _rule(family: int, table: str, chain: str, values: dict[int, bytes]) -> Rule
     for _, element in each_attribute(values.get(NFTA_RULE_EXPRESSIONS, b"")):
         expression = attributes(element)
         names.append(_string(expression[NFTA_EXPR_NAME]))
+        if names[-1] == "target":  # of iptables' own kind
+            target = attributes(expression[NFTA_EXPR_DATA]).get(NFTA_TARGET_NAME, b"")
+            names[-1] = _string(target).lower()
         if names[-1] == "immediate":
             data = attributes(attributes(expression[NFTA_EXPR_DATA])[2])
             if NFTA_DATA_VERDICT in data:

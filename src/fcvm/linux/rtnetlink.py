@@ -17,7 +17,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 # linux/rtnetlink.h
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWLINK, RTM_GETLINK, RTM_SETLINK = 16, 18, 19
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_GETROUTE = 24, 26
 RTM_NEWNEIGH = 28
@@ -29,7 +29,7 @@ RTN_UNICAST = 1
 RTM_F_FIB_MATCH = 0x2000
 
 # linux/if_link.h, linux/if.h
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_AF_SPEC, IFLA_NET_NS_FD = 1, 3, 4, 18, 26, 28
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_AF_SPEC, IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 26, 28
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_INET_CONF = 1
 VETH_INFO_PEER = 1
@@ -53,11 +53,12 @@ _CREATE = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface: its index, name, MTU and whether it is up."""
+    """A network interface: its index, name, MTU in bytes, alias (a free text), and whether it is up."""
 
     index: int
     name: str
     mtu: int
+    alias: str
     up: bool
     loopback: bool
 
@@ -107,9 +108,9 @@ def set_link(
     return Message(RTM_SETLINK, NLM_F_ACK, body)
 
 
-def delete_link(index: int) -> Message:
-    """Remove an interface."""
-    return Message(RTM_DELLINK, NLM_F_ACK, _IFINFO.pack(0, 0, index, 0, 0))
+def set_alias(index: int, alias: str) -> Message:
+    """Attach a text to an interface, which ``ip link`` shows."""
+    return Message(RTM_SETLINK, NLM_F_ACK, _IFINFO.pack(0, 0, index, 0, 0) + text(IFLA_IFALIAS, alias))
 
 
 def address(index: int, interface: Interface) -> Message:
@@ -160,8 +161,14 @@ def links(route: netlink.Socket) -> list[Link]:
 def _link(body: bytes) -> Link:
     _, _, index, flags, _ = _IFINFO.unpack_from(body)
     found = netlink.attributes(body[_IFINFO.size :])
-    name = found[IFLA_IFNAME].rstrip(b"\0").decode()
-    return Link(index, name, struct.unpack("=I", found[IFLA_MTU])[0], bool(flags & IFF_UP), bool(flags & IFF_LOOPBACK))
+    return Link(
+        index=index,
+        name=found[IFLA_IFNAME].rstrip(b"\0").decode(),
+        mtu=struct.unpack("=I", found[IFLA_MTU])[0],
+        alias=found.get(IFLA_IFALIAS, b"").rstrip(b"\0").decode(errors="replace"),
+        up=bool(flags & IFF_UP),
+        loopback=bool(flags & IFF_LOOPBACK),
+    )
 
 
 def match(route: netlink.Socket, ip: Address) -> Route | None:

@@ -13,12 +13,12 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Interface, ip_address, ip_network
 
 from fcvm.errors import NetworkError
-from fcvm.linux import namespaces, netlink, nft, rtnetlink, tap
+from fcvm.linux import conntrack, namespaces, netlink, nft, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
 from fcvm.linux.netlink import NetlinkError
 from fcvm.linux.rtnetlink import DEVCONF_FORWARDING, DEVCONF_ROUTE_LOCALNET
@@ -48,6 +48,7 @@ class Bridged:
     subnet: Subnet
     table: str
     owner: netlink.Socket
+    udp: set[int] = field(default_factory=set)
     watch: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -78,10 +79,20 @@ class Bridged:
                     dnat = nft.dnat(self.subnet.inner.ip, publish.guest_port)
                     batch.rule(self.table, chain, nft.nfproto(nft.IPV4), to, port, dnat)
         batch.commit(self.owner)
+        self.udp.update(publish.host_port for publish in published if publish.protocol == "udp")
+        self.forget()
         for reservation in reservations:
             target = relay.target(self.host_ip, reservation.publish.guest_port)
             for sock in reservation.sockets:
                 relay.start(loop, sock, [target])
+
+    def forget(self) -> None:
+        """Have the kernel decide anew where packets to our UDP ports go."""
+        if self.udp:
+            with suppress(NetlinkError), nft.open_socket() as sock, rtnetlink.open_socket() as route:
+                own = {a.ip for _, a in rtnetlink.addresses(route) if isinstance(a, IPv4Interface)}
+                for port in self.udp:
+                    conntrack.forget_udp(sock, port, own)
 
 
 @contextmanager
@@ -120,12 +131,12 @@ def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
 
     namespace, fds = namespaces.create(furnish, user=False)
     subnet = chosen[0]
-    undo.callback(firewall.sweep, ending=subnet.interface)
     undo.enter_context(namespace)
     sockets = tuple(undo.enter_context(relay.adopt(fd)) for fd in fds)
 
     link = rtnetlink.link(route, subnet.interface)
     assert link is not None
+    undo.callback(firewall.ending, route, link.index)
     # the neighbour on this link is a namespace of ours, so 127.0.0.1 may be translated towards it
     conf = {DEVCONF_FORWARDING: 1, DEVCONF_ROUTE_LOCALNET: 1}
     route.request(
@@ -136,10 +147,9 @@ def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
     changed6 = host.enable_forwarding6(way_out6.name, subnet.interface) if way_out6 else None
     ipv6 = changed6 is not None
     added = firewall.open_up((nft.IPV4, nft.IPV6) if ipv6 else (nft.IPV4,))
-    owner = undo.enter_context(nft.open_socket())
     table = f"{PREFIX}-{vm_id}"
-    _load(owner, table, subnet, ipv6=ipv6)
-    return Bridged(
+    owner = nft.open_socket()
+    up = Bridged(
         namespace=namespace,
         sockets=sockets,
         mtu=mtu,
@@ -149,6 +159,10 @@ def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
         table=table,
         owner=owner,
     )
+    undo.callback(up.forget)  # once the table is gone
+    undo.enter_context(owner)
+    _load(owner, table, subnet, ipv6=ipv6)
+    return up
 
 
 def _uplink(subnet: Subnet, mtu: int, *, ipv6: bool) -> Uplink:

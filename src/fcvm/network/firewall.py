@@ -13,26 +13,23 @@ import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from fcvm import process
 from fcvm.config import default_runtime_dir
 from fcvm.errors import FcvmError, NetworkError
 from fcvm.linux import netlink, nft, rtnetlink
-from fcvm.linux.netlink import Message, NetlinkError, attribute, attributes
+from fcvm.linux.netlink import NetlinkError
 from fcvm.linux.nft import Chain
 from fcvm.network.subnets import POOLS, PREFIX
 from fcvm.storage.layout import locked
 
 COMMENT = "fcvm"
+ENDING = "fcvm: ending"
 DOCKER_USER = "DOCKER-USER"
 INTERFACES = f"{PREFIX}*"
-# linux/netfilter/nfnetlink_hook.h
-NFNL_SUBSYS_HOOK = 12
-NFNLA_HOOK_HOOKNUM, NFNLA_HOOK_FUNCTION_NAME, NFNLA_HOOK_CHAIN_INFO = 1, 4, 6
-NFNLA_HOOK_INFO_DESC = 1
-NFNLA_CHAIN_TABLE, NFNLA_CHAIN_FAMILY, NFNLA_CHAIN_NAME = 1, 2, 3
-# functions that ip_tables (the kernel's older, "legacy" one) puts on a hook
-LEGACY = {nft.IPV4: ("iptables-legacy", "ipt"), nft.IPV6: ("ip6tables-legacy", "ip6t")}
+# the kernel's older, "legacy" tables: the program, and where it is seen that they are in use
+LEGACY = {nft.IPV4: ("iptables-legacy", "ip_tables_names"), nft.IPV6: ("ip6tables-legacy", "ip6_tables_names")}
 # what a rule consists of that matches everything and ends badly
 _UNCONDITIONAL = {"counter", "log", "limit", "immediate", "reject"}
 
@@ -61,14 +58,21 @@ def open_up(families: tuple[int, ...] = (nft.IPV4,)) -> list[str]:
     return added
 
 
-def sweep(ending: str = "") -> None:
-    """Take our rules away if no VM is there, not counting the interface ``ending``; quietly, whatever is in the way."""
+def ending(route: netlink.Socket, index: int) -> None:
+    """Note on a VM's interface that it is going: the kernel takes its time to remove it. Then ``sweep``."""
+    with suppress(NetlinkError):
+        route.request([rtnetlink.set_alias(index, ENDING)])
+    sweep()
+
+
+def sweep() -> None:
+    """Take our rules away if no VM is there; quietly, whatever is in the way."""
     with suppress(OSError, FcvmError), nft.open_socket() as sock:
         for family in (nft.IPV4, nft.IPV6):
             hooked, legacy = _hooked(sock, family)
             if hooked or legacy:
                 with _lock():
-                    if _vms(ending):
+                    if _vms():
                         return
                     batch = nft.Batch()
                     for rule in [rule for base in hooked for rule in _ours(sock, _place(sock, base))]:
@@ -78,9 +82,9 @@ def sweep(ending: str = "") -> None:
                         _remove_legacy(LEGACY[family][0])
 
 
-def _vms(ending: str) -> bool:
+def _vms() -> bool:
     with rtnetlink.open_socket() as route:
-        return any(link.name.startswith(PREFIX) and link.name != ending for link in rtnetlink.links(route))
+        return any(link.name.startswith(PREFIX) and link.alias != ENDING for link in rtnetlink.links(route))
 
 
 @contextmanager
@@ -90,30 +94,13 @@ def _lock() -> Iterator[None]:
 
 
 def _hooked(sock: netlink.Socket, family: int) -> tuple[list[Chain], bool]:
-    """The filter chains on the forward hook of a family, and whether legacy iptables is there too."""
-    head = bytes([family, 0, 0, 0])
-    request = Message(NFNL_SUBSYS_HOOK << 8, 0, head + attribute(NFNLA_HOOK_HOOKNUM, nft.FORWARD.to_bytes(4, "big")))
+    """The foreign filter chains on the forward hook of a family, and whether legacy iptables filters there too."""
+    listed = nft.chains(sock, leave_out=f"{PREFIX}-")
+    found = [c for c in listed if c.hook == nft.FORWARD and c.type == "filter" and c.family in (family, nft.INET)]
     try:
-        listed = sock.dump(request)
-    except NetlinkError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT):
-            raise
-        # a kernel without nfnetlink_hook (before 5.14, or left out): look through all chains
-        every = [c for c in nft.chains(sock) if c.hook == nft.FORWARD and c.family in (family, nft.INET)]
-        return [c for c in every if c.type == "filter"], False
-    found = []
-    legacy = False
-    for _, body in listed:
-        values = attributes(body[4:])
-        info = attributes(values.get(NFNLA_HOOK_CHAIN_INFO, b""))
-        named = attributes(info.get(NFNLA_HOOK_INFO_DESC, b""))
-        if NFNLA_CHAIN_NAME in named:
-            table, name = (named[key].rstrip(b"\0").decode() for key in (NFNLA_CHAIN_TABLE, NFNLA_CHAIN_NAME))
-            chain = nft.chain(sock, named[NFNLA_CHAIN_FAMILY][0], table, name)
-            if chain is not None and chain.type == "filter":
-                found.append(chain)
-        function = values.get(NFNLA_HOOK_FUNCTION_NAME, b"").decode(errors="replace")
-        legacy = legacy or function.startswith(LEGACY[family][1])
+        legacy = "filter" in Path(f"/proc/thread-self/net/{LEGACY[family][1]}").read_text().split()
+    except OSError:
+        legacy = False
     return found, legacy
 
 

@@ -119,13 +119,9 @@ def slirp(namespace: Namespace, tap: str, network: IPv4Network, directory: Path,
         undo.callback(_end, child)
         pidfd = os.pidfd_open(child.pid)
         undo.callback(os.close, pidfd)
-        select.select([ready], [], [], _START)
-        os.set_blocking(ready, False)
-        try:
-            started = os.read(ready, 1)
-        except BlockingIOError:
-            started = b""
-        if not started:
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        if not poll.poll(_START * 1000) or not os.read(ready, 1):  # it is slow, or it has ended
             child.kill()
             said = os.pread(complaints, 2000, 0).decode(errors="replace").strip()
             raise NetworkError(f"slirp4netns did not start: {said or 'it says nothing'}.", hint="slirp4netns --version")
