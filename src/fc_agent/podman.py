@@ -1,0 +1,133 @@
+"""Podman as a service: `podman system service`, its configuration, and its REST API (libpod).
+
+The service is started before anybody knows what shall run, so that a boot snapshot has it warm. It reads the image store
+at ``IMAGES`` whenever it is asked, so the image disk may be mounted later.
+"""
+
+import json
+import os
+import socket
+import threading
+from typing import Any
+from urllib.parse import quote
+
+from fc_agent import linux
+
+DIRECTORY = "/run/fcvm"
+IMAGES = "/images"
+STORAGE = "/var/lib/containers/storage"  # the scratch disk's ext4: overlay cannot be stacked on the overlay root
+RUN = "/run/containers/storage"
+API = "/v5.0.0/libpod"
+
+STORAGE_CONF = f"""\
+[storage]
+driver = "overlay"
+graphroot = "{STORAGE}"
+runroot = "{RUN}"
+[storage.options]
+additionalimagestores = ["{IMAGES}"]
+"""
+
+# Output is taken from conmon's socket as it comes, so no log of it is kept here.
+CONTAINERS_CONF = """\
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+runtime = "crun"
+[containers]
+log_driver = "none"
+[network]
+network_backend = "netavark"
+"""
+
+POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}\n'
+
+# LISTEN_PID must be the service's own: sd_listen_fds(3). The shell's becomes that by exec.
+START = "LISTEN_PID=$$ LISTEN_FDS=1 exec podman system service --time=0"
+
+
+class PodmanError(Exception):
+    """Podman refused; ``message`` is its own, ``status`` the one of HTTP."""
+
+    def __init__(self, message: str, status: int = 500) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+class Service:
+    """A running `podman system service`. It is started again if it dies."""
+
+    def __init__(self) -> None:
+        os.makedirs(DIRECTORY, exist_ok=True)
+        os.makedirs(IMAGES, exist_ok=True)
+        os.makedirs("/etc/containers", exist_ok=True)
+        linux.write("/etc/containers/storage.conf", STORAGE_CONF)
+        linux.write("/etc/containers/containers.conf", CONTAINERS_CONF)
+        if not os.path.exists("/etc/containers/policy.json"):
+            linux.write("/etc/containers/policy.json", POLICY)
+        self.path = f"{DIRECTORY}/podman.sock"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.path)
+        self._listener.listen(16)
+        self._spawn()
+        threading.Thread(target=self._keep, daemon=True, name="podman").start()
+
+    def _spawn(self) -> None:
+        # DISABLE_HC_SYSTEMD: health checks are ours; Podman would ask systemd for timers.
+        environment = {**os.environ, "DISABLE_HC_SYSTEMD": "true"}
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, self._listener.fileno(), 3),
+        ]
+        self._pid = os.posix_spawn("/bin/sh", ["sh", "-c", START], environment, file_actions=actions, setpgroup=0)
+        linux.write(f"/proc/{self._pid}/oom_score_adj", "0")
+
+    def _keep(self) -> None:
+        while True:
+            _, status = os.waitpid(self._pid, 0)
+            linux.log(f"podman's service ended ({os.waitstatus_to_exitcode(status)}); it is started again")
+            self._spawn()
+
+    def request(self, method: str, path: str, body: object = None, *, timeout: float = 300) -> Any:
+        """One request of the libpod API; returns the decoded answer.
+
+        Raises:
+            PodmanError: Podman refused, or did not answer within ``timeout`` seconds.
+        """
+        content = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {API}{path} HTTP/1.0\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        answer = bytearray()
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(timeout)
+                connection.connect(self.path)
+                connection.sendall(head.encode() + content)
+                while data := connection.recv(1 << 16):
+                    answer += data
+        except OSError as error:
+            raise PodmanError(f"Podman's service does not answer: {error}.") from error
+        top, _, text = bytes(answer).partition(b"\r\n\r\n")
+        try:
+            status = int(top.split(b" ", 2)[1])
+            value = json.loads(text) if text.strip() else None
+        except (IndexError, ValueError) as error:
+            raise PodmanError(f"Podman's service answered {bytes(answer[:80])!r}.") from error
+        if status >= 400:
+            message = value.get("message") if isinstance(value, dict) else None
+            raise PodmanError(str(message or f"Podman answered {status}."), status)
+        return value
+
+    def warm(self) -> None:
+        """Wait until the service answers, with everything loaded that a container will need."""
+        self.request("GET", "/_ping")
+        self.request("GET", "/images/json")
+        for program in ("crun", "conmon"):
+            with open(f"/usr/bin/{program}", "rb") as file:
+                while file.read(1 << 20):
+                    pass
+
+
+def escape(name: str) -> str:
+    """A name for a URL's path."""
+    return quote(name, safe="")

@@ -1,0 +1,51 @@
+"""Host directories and files in the guest: the kernel's FUSE messages, relayed to the host over vsock (``fuse_pipe``)."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+
+from fc_agent import linux
+from fc_agent.container import VOLUMES
+from fc_agent.protocol import VolumePlan
+
+CHANNELS = 2  # requests that can be on their way at a time, per volume: one for each reader
+
+
+def mount_all(volumes: list[VolumePlan]) -> None:
+    """Mount every volume for the container, and at its own path in the guest where nothing is there.
+
+    Raises:
+        OSError, fuse_pipe.FusePipeError: a volume cannot be mounted.
+    """
+    from fuse_pipe.relay import Relay
+
+    for index, volume in enumerate(volumes):
+        place = f"{VOLUMES}/{index}"
+        _make(place, file=volume.file)
+        relay = Relay(_connector(volume.port), place, channels=CHANNELS, source=f"fcvm-{index}")
+        relay.mount()
+        if not os.path.lexists(volume.path):
+            with contextlib.suppress(OSError):
+                _make(volume.path, file=volume.file)
+                linux.mount(place, volume.path, "none", linux.MS_BIND | linux.MS_REC)
+
+
+def _make(path: str, *, file: bool) -> None:
+    os.makedirs(os.path.dirname(path) if file else path, exist_ok=True)
+    if file:
+        with open(path, "a"):
+            pass
+
+
+def _connector(port: int) -> Callable[[], socket.socket]:
+    def connect() -> socket.socket:
+        connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        try:
+            connection.connect((socket.VMADDR_CID_HOST, port))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return connect
