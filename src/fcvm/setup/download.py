@@ -37,8 +37,7 @@ def fetch(url: str, destination: Path, *, step: Step, sha256: str | None, by_han
                 done += len(block)
                 step.update(done, total)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise SetupError(f"{url} cannot be fetched: {reason or type(error).__name__}.", hint=by_hand) from error
+        raise SetupError(f"{url} cannot be fetched: {reason(error)}.", hint=by_hand) from error
     if total is not None and done != total:
         raise SetupError(f"{url} cannot be fetched: it ended after {done} of {total} bytes.", hint=by_hand)
     if sha256 is not None and digest.hexdigest() != sha256.lower():
@@ -46,3 +45,12 @@ def fetch(url: str, destination: Path, *, step: Step, sha256: str | None, by_han
             f"{url} is not the file expected: its SHA-256 is {digest.hexdigest()} instead of {sha256.lower()}.",
             hint=by_hand,
         )
+
+
+def reason(error: Exception) -> str:
+    """Why a transfer failed, in a few words."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answers {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return str(error) or type(error).__name__

@@ -25,7 +25,7 @@ from fcvm.storage.layout import Layout
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SPACE = 2 << 30  # bytes that a build takes at its peak, roughly
-NETWORK_WORDS = ("resolve", "connect", "Failed to fetch", "timed out", "Network is unreachable", "404", "403", "502")
+NETWORK_WORDS = ("Could not resolve", "Could not connect", "Failed to fetch", "does not have a Release file")
 
 
 def tool(image_directory: Path, name: str) -> list[str]:
@@ -115,9 +115,10 @@ def archive(config: Config) -> list[str]:
 def explain(command: list[str], code: int, output: bytes, config: Config) -> SetupError:
     """The error for a failed mmdebstrap."""
     lines = output.decode(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith(("E: ", "Err:"))] or lines[-1:]
-    first = errors[0].strip() if errors else str(failure(command, code, output))
-    if any(word in line for line in errors for word in NETWORK_WORDS):
+    errors = [line.removeprefix("E: ").strip() for line in lines if line.startswith("E: ")] or lines[-1:]
+    first = errors[0] if errors else str(failure(command, code, output))
+    unreachable = any(line.startswith("Err:") for line in lines)  # apt's mark of what it could not fetch
+    if unreachable or any(word in line for line in errors for word in NETWORK_WORDS):
         where = config.debian_mirror or "the Debian mirror of this host's apt"
         return SetupError(
             f"The guest image's packages ({config.debian_suite}) cannot be fetched from {where}: {first}",
