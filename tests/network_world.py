@@ -39,7 +39,7 @@ class Place:
     """A namespace with a thread of its own that lives as long: what ``run`` calls happens inside."""
 
     def __init__(self) -> None:
-        self.namespace, _ = namespaces.create(lambda: [], user=False)
+        self.namespace, _ = namespaces.create(list, user=False)
         self._thread = ThreadPoolExecutor(1, initializer=self.namespace.enter)
         self.run(lambda: self.links([rtnetlink.set_link(1)]))
 

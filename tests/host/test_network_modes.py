@@ -35,9 +35,7 @@ Start = Callable[..., tuple[Network, FakeGuest]]
 def start(world: World, mode: str) -> Start:
     """Start a network of this mode with a guest behind it."""
 
-    def begin(
-        publish: str = "", forward: str = "", dns: str = "", vm_id: str = "vm1"
-    ) -> tuple[Network, FakeGuest]:
+    def begin(publish: str = "", forward: str = "", dns: str = "", vm_id: str = "vm1") -> tuple[Network, FakeGuest]:
         texts = ([text] if text else [] for text in (publish, forward, dns))
         network = world.network(spec.parse(mode, *texts), vm_id)
         return network, world.guest(network)
@@ -135,7 +133,7 @@ def test_a_range(world: World, start: Start) -> None:
 
 def test_a_closed_port_of_the_guest_is_refused(world: World, start: Start) -> None:
     network, _ = start("80")
-    with pytest.raises(OSError, match="refused|reset|not connected|Broken pipe"):
+    with pytest.raises(OSError, match=r"refused|reset|not connected|Broken pipe"):
         world.host.ask("127.0.0.1", port_of(network))
 
 

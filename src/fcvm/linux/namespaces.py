@@ -100,7 +100,6 @@ def create(build: Callable[[], list[int]], *, user: bool) -> tuple[Namespace, li
         HostError: this host does not let us make one; the hint says what to change.
     """
 
-
     def furnish() -> list[int]:  # our own fds come last, so that none is left open when build fails
         if user:
             _unshare_user()

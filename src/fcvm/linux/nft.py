@@ -244,9 +244,7 @@ def _compare(data: bytes, *, equal: bool = True) -> bytes:
 
 def _mask(mask: bytes) -> bytes:
     zero = _value(5, bytes(len(mask)))
-    return _expression(
-        "bitwise", _be32(1, NFT_REG_1), _be32(2, NFT_REG_1), _be32(3, len(mask)), _value(4, mask), zero
-    )
+    return _expression("bitwise", _be32(1, NFT_REG_1), _be32(2, NFT_REG_1), _be32(3, len(mask)), _value(4, mask), zero)
 
 
 def _interface(key: int, name: str, equal: bool) -> bytes:
@@ -353,8 +351,7 @@ def rules(sock: netlink.Socket, family: int, table: str, chain: str) -> list[Rul
     """The rules of one chain, in their order."""
     body = _head(family) + text(NFTA_RULE_TABLE, table) + text(NFTA_RULE_CHAIN, chain)
     return [
-        _rule(family, table, chain, attributes(listed[4:]))
-        for _, listed in sock.dump(Message(_type(GETRULE), 0, body))
+        _rule(family, table, chain, attributes(listed[4:])) for _, listed in sock.dump(Message(_type(GETRULE), 0, body))
     ]
 
 

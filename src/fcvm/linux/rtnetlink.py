@@ -83,9 +83,7 @@ def veth(name: str, peer: str, peer_namespace: int, *, mtu: int) -> Message:
     """
     blank = _IFINFO.pack(0, 0, 0, 0, 0)
     other = blank + text(IFLA_IFNAME, peer) + u32(IFLA_MTU, mtu) + u32(IFLA_NET_NS_FD, peer_namespace)
-    info = nested(
-        IFLA_LINKINFO, text(IFLA_INFO_KIND, "veth"), nested(IFLA_INFO_DATA, attribute(VETH_INFO_PEER, other))
-    )
+    info = nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "veth"), nested(IFLA_INFO_DATA, attribute(VETH_INFO_PEER, other)))
     return Message(RTM_NEWLINK, _CREATE, blank + text(IFLA_IFNAME, name) + u32(IFLA_MTU, mtu) + info)
 
 
@@ -125,9 +123,7 @@ def address(index: int, interface: Interface) -> Message:
 def default_route(gateway: Address, index: int) -> Message:
     """A default route through ``gateway`` on that interface."""
     family = socket.AF_INET if gateway.version == 4 else socket.AF_INET6
-    body = struct.pack(
-        "=BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0
-    )
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
     return Message(RTM_NEWROUTE, _CREATE, body + attribute(RTA_GATEWAY, gateway.packed) + u32(RTA_OIF, index))
 
 
@@ -141,8 +137,10 @@ def neighbour(index: int, ip: Address, mac: str) -> Message:
 
 def link(route: netlink.Socket, which: str | int) -> Link | None:
     """The interface of that name, or index, in the socket's namespace."""
-    body = _IFINFO.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, which) if isinstance(which, str) else _IFINFO.pack(
-        0, 0, which, 0, 0
+    body = (
+        _IFINFO.pack(0, 0, 0, 0, 0) + text(IFLA_IFNAME, which)
+        if isinstance(which, str)
+        else _IFINFO.pack(0, 0, which, 0, 0)
     )
     try:
         replies = route.request([Message(RTM_GETLINK, NLM_F_ACK, body)])

@@ -1,8 +1,8 @@
 """A VM's network from its spec to its end.
 
-    with create(spec, vm_id, directory) as network:
-        process.spawn([...], setup=network.enter)
-        ...
+with create(spec, vm_id, directory) as network:
+    process.spawn([...], setup=network.enter)
+    ...
 """
 
 import os

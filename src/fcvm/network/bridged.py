@@ -108,7 +108,9 @@ def bridged(spec: NetworkSpec, vm_id: str) -> Iterator[Bridged]:
         try:
             yield _set_up(spec, vm_id, undo)
         except NetlinkError as error:
-            raise NetworkError(f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor") from error
+            raise NetworkError(
+                f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor"
+            ) from error
 
 
 def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:

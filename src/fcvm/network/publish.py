@@ -1,13 +1,13 @@
 """Published ports: what ``--publish`` says.
 
-    [HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp]
+[HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp]
 
-    8080:80              every address of the host, TCP
-    127.0.0.1:5353:53/udp
-    [::1]:8080:80        an IPv6 address goes in brackets
-    8000-8010:9000-9010  ranges of the same length
-    0:80, :80, 80        any free port of the host; `fcvm ls` shows which
-    8080:80,8443:443     several, with commas; the option may also be repeated
+8080:80              every address of the host, TCP
+127.0.0.1:5353:53/udp
+[::1]:8080:80        an IPv6 address goes in brackets
+8000-8010:9000-9010  ranges of the same length
+0:80, :80, 80        any free port of the host; `fcvm ls` shows which
+8080:80,8443:443     several, with commas; the option may also be repeated
 """
 
 import ipaddress

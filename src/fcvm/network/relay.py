@@ -144,9 +144,7 @@ class _Connection:
                 self._loop.drop(sock)
 
 
-def udp(
-    loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket] | None = None
-) -> None:
+def udp(loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket] | None = None) -> None:
     """Relay datagrams between whoever writes to ``listener`` and ``target``: one socket a client, until it is idle.
 
     Arguments:
@@ -158,9 +156,7 @@ def udp(
 class _Sessions:
     """The clients of one UDP port. Answers leave from the address that the client wrote to (``IP_PKTINFO``)."""
 
-    def __init__(
-        self, loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket]
-    ) -> None:
+    def __init__(self, loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket]) -> None:
         self._loop = loop
         self._listener = listener
         self._target = target

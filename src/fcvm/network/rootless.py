@@ -108,7 +108,9 @@ def rootless(spec: NetworkSpec, directory: Path) -> Iterator[Rootless]:
         try:
             yield _set_up(spec, directory, undo)
         except NetlinkError as error:
-            raise NetworkError(f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor") from error
+            raise NetworkError(
+                f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor"
+            ) from error
 
 
 def _set_up(spec: NetworkSpec, directory: Path, undo: ExitStack) -> Rootless:

@@ -12,12 +12,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from fcvm import process
 from fcvm.errors import NetworkError
+from fcvm.linux import namespaces
 from fcvm.linux.namespaces import Namespace
 
 SOCKET = "slirp.sock"
@@ -104,14 +106,18 @@ def slirp(namespace: Namespace, tap: str, network: IPv4Network, directory: Path,
         command += ["--disable-host-loopback", "--disable-dns", "--enable-sandbox", "--enable-seccomp"]
         command += [f"--ready-fd={ready_write}", f"--exit-fd={exit_read}"]
         command += ["--enable-ipv6"] if ipv6 else []
-        command += [f"--userns-path=/proc/self/fd/{namespace.user}", f"/proc/self/fd/{namespace.net}", tap]
+        # Its sandbox is made for root, real or of a user namespace. So an ordinary user starts it inside the VM's, and
+        # root outside, where it keeps the right to privileged ports, and only that.
         assert namespace.user is not None
+        root = os.geteuid() == 0
+        command += [f"--userns-path=/proc/self/fd/{namespace.user}"] if root else []
         try:
             child = process.spawn(
-                command,
+                [*command, f"/proc/self/fd/{namespace.net}", tap],
                 cwd=directory,
                 stderr=complaints,
                 pass_fds=(ready_write, exit_read, namespace.user, namespace.net),
+                setup=None if root else partial(namespaces.setns, namespace.user, namespaces.CLONE_NEWUSER),
             )
         finally:
             os.close(ready_write)
