@@ -57,6 +57,7 @@ _utimensat = _declare("utimensat", _int, _char, _ptr, _int)
 _inotify_init1 = _declare("inotify_init1", _int)
 _inotify_add_watch = _declare("inotify_add_watch", _int, _char, ctypes.c_uint32)
 _inotify_rm_watch = _declare("inotify_rm_watch", _int, _int)
+_flock = _declare("flock", _int, _int)
 _fcntl = _declare("fcntl", _int, _int, _ptr)
 
 
@@ -108,7 +109,8 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
 def getdents(fd: int, size: int) -> bytes:
     """Raw ``struct linux_dirent64`` records, at most ``size`` bytes; empty at the end."""
     buffer = ctypes.create_string_buffer(size)
-    return buffer.raw[: _check(_syscall2(_NR_GETDENTS64, _int(fd), buffer, ctypes.c_uint(size)))]
+    length = _check(_syscall2(_NR_GETDENTS64, _int(fd), buffer, ctypes.c_uint(size)))
+    return buffer.raw[:length]  # only now: ``raw`` copies
 
 
 def file_handle(fd: int) -> bytes:
@@ -196,14 +198,19 @@ def own_umask() -> None:
     _check(_unshare(CLONE_FS))
 
 
-def set_capability(capability: int, on: bool) -> None:
-    """Raise or lower one of this *thread's* effective capabilities (below 32)."""
-    header = struct.pack("Ii", 0x20080522, 0)
+_CAP_HEADER = struct.pack("Ii", 0x20080522, 0)
+
+
+def capabilities() -> tuple[int, ...]:
+    """This *thread's* sets, as capget(2) gives them: effective, permitted, inheritable, then the upper halves."""
     data = ctypes.create_string_buffer(24)
-    _check(_syscall2(_NR_CAPGET, ctypes.create_string_buffer(header, 8), data))
-    words = list(struct.unpack("6I", data.raw))
-    words[0] = words[0] | 1 << capability if on else words[0] & ~(1 << capability)
-    _check(_syscall2(_NR_CAPSET, ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(struct.pack("6I", *words), 24)))
+    _check(_syscall2(_NR_CAPGET, ctypes.create_string_buffer(_CAP_HEADER, 8), data))
+    return struct.unpack("6I", data.raw)
+
+
+def set_capabilities(words: tuple[int, ...]) -> None:
+    """Set this *thread's* capabilities, in the form that ``capabilities`` gives."""
+    _check(_syscall2(_NR_CAPSET, ctypes.create_string_buffer(_CAP_HEADER, 8), ctypes.create_string_buffer(struct.pack("6I", *words), 24)))
 
 
 _FLOCK = struct.Struct("<hhxxxxqqixxxx")
@@ -215,6 +222,11 @@ def ofd_lock(fd: int, command: int, kind: int, start: int, length: int) -> tuple
     _check(_fcntl(fd, command, ctypes.addressof(buffer)))
     found, _, begin, size, pid = _FLOCK.unpack(buffer.raw)
     return found, begin, size, pid
+
+
+def flock(fd: int, operation: int) -> None:
+    """flock(2), not restarted by signals."""
+    _check(_flock(fd, operation))
 
 
 def inotify_init() -> int:

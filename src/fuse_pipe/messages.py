@@ -74,17 +74,17 @@ EXT_HEADER = Layout("ext_header", 38, "size I type I")
 
 # Parts of replies.
 ATTR = Layout(
-    "attr", 9, "ino Q size Q blocks Q atime Q mtime Q ctime Q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
+    "attr", 9, "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
     "rdev I blksize I flags I",
 )  # fmt: skip
 ENTRY_OUT = Layout(
     "entry_out", 9, "nodeid Q generation Q entry_valid Q attr_valid Q entry_valid_nsec I attr_valid_nsec I "
-    "ino Q size Q blocks Q atime Q mtime Q ctime Q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
+    "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
     "rdev I blksize I flags I",
 )  # fmt: skip
 ATTR_OUT = Layout(
     "attr_out", 9, "attr_valid Q attr_valid_nsec I dummy I "
-    "ino Q size Q blocks Q atime Q mtime Q ctime Q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
+    "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
     "rdev I blksize I flags I",
 )  # fmt: skip
 STATX_OUT = Layout(
@@ -118,7 +118,7 @@ BATCH_FORGET_IN = Layout("batch_forget_in", 16, "count I dummy I")
 GETATTR_IN = Layout("getattr_in", 9, "getattr_flags I dummy I fh Q")
 STATX_IN = Layout("statx_in", 39, "getattr_flags I reserved I fh Q sx_flags I sx_mask I")
 SETATTR_IN = Layout(
-    "setattr_in", 23, "valid I padding I fh Q size Q lock_owner Q atime Q mtime Q ctime Q atimensec I mtimensec I ctimensec I "
+    "setattr_in", 23, "valid I padding I fh Q size Q lock_owner Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I "
     "mode I unused4 I uid I gid I unused5 I",
 )  # fmt: skip
 MKNOD_IN = Layout("mknod_in", 12, "mode I rdev I umask I padding I")

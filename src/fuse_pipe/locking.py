@@ -1,0 +1,95 @@
+"""Operations on locks: record locks (fcntl, lockf) and flock, both held on the host's file itself."""
+
+import errno
+import fcntl
+import stat
+from typing import Any
+
+from fuse_pipe import linux
+from fuse_pipe import messages as m
+from fuse_pipe.nodes import Fd
+from fuse_pipe.records import END, Owner, lock_path
+from fuse_pipe.volume import Handle, Volume
+from fuse_pipe.worker import Worker
+
+_FLOCK = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}
+
+
+def _range(start: int, end: int, kind: int) -> None:
+    if kind not in _FLOCK or start > end or start > END:
+        raise OSError(errno.EINVAL, "not a lock")
+
+
+def _fd(volume: Volume, handle: Handle) -> Fd:
+    """Something to lock through: writable wherever that can be had, because a lock may be changed later."""
+    path = volume.table.fd(handle.node)
+    if not volume.read_only:
+        try:
+            return lock_path(path, True)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+                raise
+    return lock_path(path, False)
+
+
+def _owner(volume: Volume, worker: Worker, handle: Handle, owner: int, pid: int) -> Owner:
+    known = volume.records.owner(handle.node.id, owner)
+    if known is None:
+        known = volume.records.add(handle.node.id, owner, _fd(volume, handle), pid)
+    handle.owners.add(owner)
+    return known
+
+
+def _file(volume: Volume, worker: Worker, number: int) -> Handle:
+    handle = volume.handle(number)
+    if handle.node.id != worker.nodeid:
+        raise OSError(errno.EBADF, "a handle of another file")
+    return handle
+
+
+def getlk(
+    volume: Volume, worker: Worker, number: int, owner: int, start: int, end: int, kind: int, pid: int, flags: int, _: int
+) -> bytes:  # fmt: skip
+    _range(start, end, kind)
+    handle = _file(volume, worker, number)
+    if handle.node.kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, "only files have record locks")
+    known = volume.records.owner(handle.node.id, owner)
+    fd = known.fd if known is not None else _fd(volume, handle)
+    found = volume.records.test(handle.node.id, owner, fd, kind, start, end)
+    if found is None:
+        return m.LK_OUT.pack(start, end, fcntl.F_UNLCK, 0)
+    return m.LK_OUT.pack(*found)
+
+
+def setlk(
+    volume: Volume, worker: Worker, number: int, owner: int, start: int, end: int, kind: int, pid: int, flags: int, _: int,
+    wait: bool = False,
+) -> bytes:  # fmt: skip
+    _range(start, end, kind)
+    handle = _file(volume, worker, number)
+    if flags & m.LK_FLOCK:
+        linux.flock(handle.fd.n, _FLOCK[kind] | (0 if wait else fcntl.LOCK_NB))
+        handle.flock = kind
+        return b""
+    if handle.node.kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, "only files have record locks")
+    if kind == fcntl.F_UNLCK and volume.records.owner(handle.node.id, owner) is None:
+        return b""
+    volume.records.set(_owner(volume, worker, handle, owner, pid), kind, start, end, wait)
+    return b""
+
+
+def setlkw(volume: Volume, worker: Worker, *fields: Any) -> bytes:
+    """Wait for a lock; this blocks the thread until it is there or a signal comes (EINTR)."""
+    return setlk(volume, worker, *fields, True)
+
+
+def setlk_at_once(volume: Volume, worker: Worker, *fields: Any) -> bytes | None:
+    """The answer to SETLKW if it can be had at once, or None."""
+    try:
+        return setlk(volume, worker, *fields)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+    return None

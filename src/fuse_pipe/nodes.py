@@ -1,0 +1,289 @@
+"""The nodes that the kernel on the other side knows: node id -> a file below the served directory.
+
+A node is found again in one of three ways, tried in turn: an O_PATH descriptor held for it, its name in its parent
+(opened without following symbolic links, and checked to be the same inode), or, for root, its file handle. So any
+number of nodes can be known with a bounded number of descriptors, and no path is ever walked: names are single
+components, relative to a descriptor below the root.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import secrets
+import stat
+import threading
+from collections.abc import Iterator
+
+from fuse_pipe import linux
+from fuse_pipe.messages import ROOT_ID
+
+# How long the ctime of a file must lie back before "unchanged since" can be told by it: Linux before 6.13 stamps
+# files with the time of the last timer tick, at most 10 ms old.
+TICK_NS = 10_000_000
+
+
+class Fd:
+    """A descriptor that is closed when nothing refers to it any more, so never under a thread that is using it."""
+
+    __slots__ = ("n",)
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.n)
+
+
+class Node:
+    """One inode that the kernel knows.
+
+    ``lookups`` counts the references that the kernel holds; ``opens`` our open handles (they pin ``fd``); ``children``
+    what the kernel believes about names in this directory (None: there is no such file); ``watch`` the inotify watch
+    (-1: there can be none); ``told`` the state of the attributes that the kernel was told last; ``data`` and
+    ``data_at`` ctime in ns and size of the data that it may have cached, and when that was noted.
+    """
+
+    __slots__ = (
+        "children", "data", "data_at", "dev", "fd", "handle", "id", "ino", "kind", "lookups", "name", "opens", "parent", "told", "watch",
+    )  # fmt: skip
+
+    def __init__(self, id: int, kind: int, dev: int, ino: int) -> None:
+        self.id = id
+        self.kind = kind
+        self.dev = dev
+        self.ino = ino
+        self.parent: Node | None = None
+        self.name = b""
+        self.fd: Fd | None = None
+        self.handle: bytes | None = None
+        self.lookups = 0
+        self.opens = 0
+        self.children: dict[bytes, Node | None] = {}
+        self.watch: int | None = None
+        self.told: tuple[int, ...] | None = None
+        self.data: tuple[int, int] | None = None
+        self.data_at = 0
+
+
+def state_of(info: os.stat_result) -> tuple[int, ...]:
+    """What tells one state of a file from another; ctime alone stands still for as long as a clock tick."""
+    return info.st_ctime_ns, info.st_mtime_ns, info.st_size, info.st_mode, info.st_nlink, info.st_uid, info.st_gid
+
+
+def raise_descriptor_limit() -> int:
+    """Take all the descriptors that this process may have; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class NodeTable:
+    """All nodes of one mount. ``limit`` bounds the O_PATH descriptors held only to be fast."""
+
+    def __init__(self, root: int, limit: int | None = None) -> None:
+        """``root``: an O_PATH descriptor of the served directory or file; the table owns it."""
+        info = os.fstat(root)
+        self.root = Node(ROOT_ID, stat.S_IFMT(info.st_mode), info.st_dev, info.st_ino)
+        self.root.fd = Fd(root)
+        self.root.lookups = 1
+        self.by_id = {ROOT_ID: self.root}
+        self.by_key = {(info.st_dev, info.st_ino): self.root}
+        self.limit = limit or min(max(raise_descriptor_limit() // 2, 64), 65536)
+        self.lock = threading.Lock()
+        # Ids of different servers of one mount do not meet: a kernel that kept ids over a lost server gets ESTALE.
+        self._next_id = (secrets.randbits(30) << 32) + ROOT_ID
+        self._held: dict[Node, None] = {}  # nodes with a descriptor, oldest first
+        self._mount_fd: Fd | None = None  # for handles; None until asked, or when there are none
+        self._handles = os.geteuid() == 0
+
+    def get(self, nodeid: int) -> Node:
+        """The node of this id; ESTALE when the kernel cannot mean any."""
+        node = self.by_id.get(nodeid)
+        if node is None:
+            raise OSError(errno.ESTALE, "unknown node")
+        return node
+
+    def directory(self, nodeid: int) -> Node:
+        """The same, for a directory."""
+        node = self.get(nodeid)
+        if node.kind != stat.S_IFDIR:
+            raise OSError(errno.ENOTDIR, "not a directory")
+        return node
+
+    def learn(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
+        """The node of what was just found as ``name`` in ``parent``; the kernel's references to it grow by one."""
+        kind = stat.S_IFMT(info.st_mode)
+        key = (info.st_dev, info.st_ino)
+        with self.lock:
+            node = self.by_key.get(key)
+            if node is None or node.kind != kind:  # another kind: the number was used again
+                node = self._new(kind, key)
+            node.lookups += 1
+            if node.id != ROOT_ID:
+                node.parent, node.name = parent, name
+            parent.children[name] = node
+            return node
+
+    def adopt(self, info: os.stat_result, fd: Fd) -> Node:
+        """A node for a file without a name (O_TMPFILE), which only ``fd`` leads to."""
+        with self.lock:
+            node = self._new(stat.S_IFMT(info.st_mode), (info.st_dev, info.st_ino))
+            node.lookups += 1
+            node.fd = fd
+            return node
+
+    def _new(self, kind: int, key: tuple[int, int]) -> Node:
+        self._next_id += 1
+        node = Node(self._next_id, kind, *key)
+        self.by_id[node.id] = self.by_key[key] = node
+        return node
+
+    def forget(self, nodeid: int, count: int) -> Node | None:
+        """The kernel dropped ``count`` references; the node if that was the last one and it is gone."""
+        with self.lock:
+            node = self.by_id.get(nodeid)
+            if node is None or nodeid == ROOT_ID:
+                return None
+            node.lookups -= count
+            if node.lookups > 0:
+                return None
+            node.lookups = 0
+            del self.by_id[nodeid]
+            key = (node.dev, node.ino)
+            if self.by_key.get(key) is node:
+                del self.by_key[key]
+            self._held.pop(node, None)
+            if node.parent is not None and node.parent.children.get(node.name) is node:
+                del node.parent.children[node.name]
+            if node.opens == 0:
+                node.fd = None
+            return node
+
+    # ---- finding the file
+
+    def fd(self, node: Node) -> Fd:
+        """An O_PATH descriptor of the node; keep the object while its number is in use.
+
+        Raises:
+            OSError: ESTALE, the file is not where it was and cannot be found otherwise.
+        """
+        return node.fd or self._open(node)
+
+    def stat(self, node: Node) -> os.stat_result:
+        """Attributes of the node."""
+        if node.fd is None and node.parent is not None and node.parent.fd is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                info = os.stat(node.name, dir_fd=node.parent.fd.n, follow_symlinks=False)
+                if info.st_ino == node.ino and info.st_dev == node.dev:
+                    return info
+        return os.fstat(self.fd(node).n)
+
+    def pin(self, node: Node) -> Fd:
+        """Hold a descriptor of the node before its last known name goes away."""
+        fd = self.fd(node)
+        node.fd = fd
+        return fd
+
+    def _open(self, node: Node) -> Fd:
+        way = [node]
+        while way[-1].fd is None:
+            parent = way[-1].parent
+            if parent is None:
+                break
+            way.append(parent)
+        fd = way.pop().fd if way[-1].fd is not None else None
+        for step in reversed(way):
+            fd = step.fd or self._open_in(step, fd)
+        assert fd is not None
+        return fd
+
+    def _open_in(self, node: Node, parent: Fd | None) -> Fd:
+        found = None
+        if parent is not None and node.name:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                candidate = Fd(os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.n))
+                info = os.fstat(candidate.n)
+                if (info.st_dev, info.st_ino) == (node.dev, node.ino):
+                    found = candidate
+        if found is None and node.handle is not None and self.mount_fd() is not None:
+            found = Fd(linux.open_handle(self.mount_fd().n, node.handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))  # type: ignore[union-attr]
+        if found is None:
+            raise OSError(errno.ESTALE, "the file is not where it was")
+        node.fd = found
+        self._held[node] = None
+        if len(self._held) > self.limit:
+            self._evict()
+        return found
+
+    def mount_fd(self) -> Fd | None:
+        """A readable descriptor on the root's file system, which handles need."""
+        if self._mount_fd is None and self._handles and self.root.fd is not None:
+            try:
+                self._mount_fd = Fd(os.open(b"/proc/self/fd/%d" % self.root.fd.n, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            except OSError:
+                self._handles = False
+        return self._mount_fd
+
+    def _evict(self) -> None:
+        """Close the oldest descriptors that can be opened again, a sixteenth of them."""
+        with self.lock:
+            wanted = max(self.limit // 16, 1)
+            for node in list(self._held)[: 4 * wanted]:
+                del self._held[node]
+                if node.opens or node.parent is None:
+                    self._held[node] = None  # pinned: at the end, to be looked at again later
+                    continue
+                if node.handle is None and node.fd is not None and self._handles and node.dev == self.root.dev:
+                    with contextlib.suppress(OSError):
+                        node.handle = linux.file_handle(node.fd.n)
+                node.fd = None
+                wanted -= 1
+                if wanted == 0:
+                    break
+
+    # ---- what changes names
+
+    def unnamed(self, parent: Node, name: bytes) -> None:
+        """``name`` was removed from ``parent``."""
+        with self.lock:
+            node = parent.children.get(name)
+            parent.children[name] = None
+            if node is not None and node.parent is parent and node.name == name:
+                node.parent, node.name = None, b""
+                if node.fd is None:  # nothing leads to it: let its number be used again
+                    self._drop_key(node)
+
+    def renamed(self, parent: Node, name: bytes, to: Node, new: bytes, exchange: bool) -> None:
+        """``name`` in ``parent`` became ``new`` in ``to``."""
+        with self.lock:
+            node, other = parent.children.get(name), to.children.get(new)
+            if other is not None and other is not node and other.parent is to and other.name == new:
+                other.parent, other.name = (parent, name) if exchange else (None, b"")
+                if not exchange and other.fd is None:
+                    self._drop_key(other)
+            parent.children[name] = other if exchange else None
+            to.children[new] = node
+            if node is None:
+                del to.children[new]
+            else:
+                node.parent, node.name = to, new
+
+    def _drop_key(self, node: Node) -> None:
+        if self.by_key.get((node.dev, node.ino)) is node:
+            del self.by_key[(node.dev, node.ino)]
+
+    def lost(self, parent: Node, name: bytes) -> None:
+        """The host removed or replaced ``name``; the kernel is about to be told."""
+        with self.lock:
+            node = parent.children.pop(name, None)
+            if node is not None and node.parent is parent and node.name == name and node.fd is None:
+                self._drop_key(node)
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, the root first."""
+        with self.lock:
+            return iter(list(self.by_id.values()))

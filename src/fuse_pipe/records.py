@@ -1,0 +1,121 @@
+"""Record locks (fcntl) of the other side's processes, held for real on the host's files.
+
+Every owner, which is a process of the other side, locks through an open file description of its own (``F_OFD_SETLK``),
+so owners exclude each other and the host's processes, and closing it gives up all that the owner held on the file. What
+is held is also noted, to name the owner of a conflicting lock and to take the locks again in a restored server.
+"""
+
+import errno
+import fcntl
+import os
+import threading
+
+from fuse_pipe import linux
+from fuse_pipe.nodes import Fd
+
+END = (1 << 63) - 1  # the last byte of a lock "to the end of the file"
+
+Range = tuple[int, int, int]  # first byte, last byte, F_RDLCK or F_WRLCK
+
+
+def set_range(held: list[Range], start: int, end: int, kind: int) -> list[Range]:
+    """What is held after locking ``start`` to ``end`` (inclusive) as ``kind``; F_UNLCK gives it up.
+
+    Sorted, without overlaps; neighbours of one kind are one range, as the kernel has it.
+    """
+    result: list[Range] = []
+    for first, last, what in held:
+        if first < start:
+            result.append((first, min(last, start - 1), what))
+        if last > end:
+            result.append((max(first, end + 1), last, what))
+    if kind != fcntl.F_UNLCK:
+        result.append((start, end, kind))
+    result.sort()
+    merged: list[Range] = []
+    for first, last, what in result:
+        if merged and merged[-1][2] == what and merged[-1][1] + 1 >= first:
+            merged[-1] = (merged[-1][0], last, what)
+        else:
+            merged.append((first, last, what))
+    return merged
+
+
+class Owner:
+    """One process's locks on one file."""
+
+    __slots__ = ("fd", "held", "pid")
+
+    def __init__(self, fd: Fd, pid: int) -> None:
+        self.fd = fd
+        self.pid = pid
+        self.held: list[Range] = []
+
+
+class RecordLocks:
+    """The record locks of a mount: node id -> owner -> locks."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, dict[int, Owner]] = {}
+        self.lock = threading.Lock()
+
+    def owner(self, node: int, owner: int) -> Owner | None:
+        """The owner's locks on the node, if it ever had one there."""
+        return self.nodes.get(node, {}).get(owner)
+
+    def add(self, node: int, owner: int, fd: Fd, pid: int) -> Owner:
+        """A new owner, that locks through ``fd``; the first of two that come at once wins."""
+        with self.lock:
+            return self.nodes.setdefault(node, {}).setdefault(owner, Owner(fd, pid))
+
+    def set(self, owner: Owner, kind: int, start: int, end: int, wait: bool) -> None:
+        """Lock, change or unlock a range; EAGAIN if it conflicts and ``wait`` is not set, EINTR if a signal came."""
+        length = 0 if end >= END else end - start + 1
+        linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLKW if wait else linux.F_OFD_SETLK, kind, start, length)
+        with self.lock:
+            owner.held = set_range(owner.held, start, min(end, END), kind)
+
+    def test(self, node: int, owner: int, fd: Fd, kind: int, start: int, end: int) -> tuple[int, int, int, int] | None:
+        """The first lock in the way of this one as (start, end, type, pid), pid 0 if it is not ours to name; or None."""
+        length = 0 if end >= END else end - start + 1
+        found, begin, size, pid = linux.ofd_lock(fd.n, linux.F_OFD_GETLK, kind, start, length)
+        if found == fcntl.F_UNLCK:
+            return None
+        last = END if size == 0 else begin + size - 1
+        with self.lock:
+            for number, other in self.nodes.get(node, {}).items():
+                if number != owner and any(first <= last and begin <= to and what == found for first, to, what in other.held):
+                    return begin, last, found, other.pid
+        return begin, last, found, 0 if pid < 0 else pid
+
+    def release(self, node: int, owner: int) -> None:
+        """Give up everything of the owner on this file."""
+        owners = self.nodes.get(node)
+        if owners is None:
+            return
+        with self.lock:
+            gone = owners.pop(owner, None)
+            if not owners:
+                self.nodes.pop(node, None)
+        if gone is not None:  # not only by closing: a thread that waits for a lock may still hold the descriptor
+            try:
+                linux.ofd_lock(gone.fd.n, linux.F_OFD_SETLK, fcntl.F_UNLCK, 0, 0)
+            except OSError as error:
+                if error.errno != errno.ENOLCK:
+                    raise
+
+    def forget(self, node: int) -> None:
+        """The file is not known any more."""
+        with self.lock:
+            self.nodes.pop(node, None)
+
+    def close(self) -> None:
+        """Give up everything."""
+        with self.lock:
+            self.nodes.clear()
+
+
+def lock_path(fd: Fd, writable: bool) -> Fd:
+    """A descriptor to lock through, of the file that ``fd`` stands for; writing ranges need a writable one."""
+    path = b"/proc/self/fd/%d" % fd.n
+    return Fd(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC))

@@ -1,0 +1,290 @@
+"""The guest's side: mounts /dev/fuse and carries the kernel's messages to a server, without looking into them.
+
+Every channel is one open of /dev/fuse (``FUSE_DEV_IOC_CLONE``), one stream socket and two threads: one up, one down. A
+connection that breaks is made again and what the server does not have is sent again (see ``channel``); the kernel and
+its programs only see a pause.
+
+Two things are answered here, because they would be a round trip each for nothing: FLUSH of a file that was neither
+written nor locked since the last one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fuse_pipe import linux
+from fuse_pipe import messages as m
+from fuse_pipe.channel import ACK, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, relay_channel, send_hello, tune
+from fuse_pipe.errors import ConnectionLost, FusePipeError
+
+log = logging.getLogger("fuse_pipe")
+
+Connect = Callable[[], socket.socket]
+
+COPIED = 64 * 1024  # requests up to this size are copied out of the read buffer; larger ones take it with them
+SPARE_BUFFERS = 4
+RETRY_FIRST, RETRY_MOST = 0.01, 1.0  # seconds between attempts to connect again
+_GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
+_HEAD = struct.Struct("<IIQQ")
+_LK_FLAGS = struct.Struct("<I")
+
+
+class Relay:
+    """One mount. ``mount`` makes it, ``run`` carries messages until it is unmounted."""
+
+    def __init__(self, connect: Connect, mountpoint: str, *, channels: int = 1, source: str = "fuse_pipe") -> None:
+        """
+        Arguments:
+            connect: makes a new connection to the server; raises OSError while there is none.
+            channels: how many requests can be read from the kernel at a time.
+            source: what the mount table shows as the device.
+        """
+        self.connect = connect
+        self.mountpoint = os.path.abspath(mountpoint)
+        self.session = secrets.token_hex(16)
+        self.source = source
+        self.channels = [relay_channel(n) for n in range(channels)]
+        self.notifications = relay_channel(NOTIFY)
+        self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
+        self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
+        self.fds: list[int] = []
+        self.stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._spare: list[bytearray] = []
+
+    # ---- mounting
+
+    def mount(self) -> None:
+        """Connect and mount.
+
+        Raises:
+            OSError: there is no server, or this process may not mount.
+            FusePipeError: what answers is not a server.
+        """
+        first, hello = self._hello(self.channels[0])
+        try:
+            root = "100000" if hello.get("kind") == "file" else "40000"
+            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            self.fds.append(fd)
+            options = f"fd={fd},rootmode={root},user_id={os.getuid()},group_id={os.getgid()},allow_other,default_permissions"
+            linux.mount(self.source, self.mountpoint, "fuse.fuse_pipe", linux.MS_RDONLY if hello.get("read_only") else 0, options)
+            for _ in self.channels[1:]:
+                clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+                self.fds.append(clone)
+                fcntl.ioctl(clone, m.DEV_IOC_CLONE, struct.pack("<I", fd))
+        except BaseException:
+            first.close()
+            self.close()
+            raise
+        for number, channel in enumerate(self.channels):
+            channel.dropped = self._recycle
+            self._start(self._up, channel, self.fds[number])
+            self._start(self._down, channel, self.fds[number], first if number == 0 else None, hello)
+        self._start(self._down, self.notifications, self.fds[0], None, hello)
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name=f"fuse_pipe {target.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def run(self) -> None:
+        """Wait until the mount is gone."""
+        for thread in self._threads:
+            thread.join()
+        self.close()
+
+    def unmount(self) -> None:
+        """Take the mount away, from under its users if there are any."""
+        with contextlib.suppress(OSError):
+            linux.umount(self.mountpoint, linux.MNT_DETACH)
+
+    def close(self) -> None:
+        """Give back every descriptor; the kernel then ends what still waits with ENOTCONN."""
+        self.stop.set()
+        for channel in (*self.channels, self.notifications):
+            self._hang_up(channel)
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    # ---- connections
+
+    def _hello(self, channel: Channel) -> tuple[socket.socket, dict[str, Any]]:
+        sock = self.connect()
+        try:
+            tune(sock)
+            send_hello(
+                sock,
+                {
+                    "fuse_pipe": PROTOCOL, "session": self.session, "channel": channel.number, "base": channel.base,
+                    "received": channel.received,
+                },
+            )  # fmt: skip
+            hello = receive_hello(sock)
+            if "error" in hello:
+                raise FusePipeError(str(hello["error"]))
+            if not isinstance(hello.get("received"), int):
+                raise FusePipeError("a hello without its fields")
+        except BaseException:
+            sock.close()
+            raise
+        return sock, hello
+
+    def _connect(self, channel: Channel) -> tuple[socket.socket, dict[str, Any]] | None:
+        """A new connection, however long it takes; None when the mount is gone."""
+        pause = RETRY_FIRST
+        told = False
+        while not self.stop.is_set():
+            try:
+                return self._hello(channel)
+            except (OSError, FusePipeError) as error:
+                if pause >= RETRY_MOST and not told:
+                    told = True
+                    log.warning("no connection to the server of %s: %s", self.mountpoint, error)
+            self.stop.wait(pause)
+            pause = min(2 * pause, RETRY_MOST)
+        return None
+
+    def _hang_up(self, channel: Channel) -> None:
+        sock = channel.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    # ---- carrying
+
+    def _up(self, channel: Channel, fd: int) -> None:
+        """Kernel to server."""
+        buffer = bytearray(m.MAX_REQUEST)
+        view = memoryview(buffer)
+        head = _HEAD.unpack_from
+        lock, locked, written = channel.lock, self.locked, self.written
+        while True:
+            try:
+                size = os.readv(fd, (buffer,))
+            except OSError as error:
+                if error.errno in _GONE:
+                    break
+                continue  # ENOENT, EINTR: the request was taken back
+            _, opcode, unique, nodeid = head(buffer)
+            if opcode == m.WRITE:
+                written.add(nodeid)
+            elif opcode == m.FLUSH:
+                if nodeid not in locked and nodeid not in written:
+                    with contextlib.suppress(OSError):
+                        os.write(fd, m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique))
+                    continue
+                written.discard(nodeid)
+            elif opcode in (m.SETLK, m.SETLKW):
+                locked.add(nodeid)
+            message: bytes | memoryview
+            if size <= COPIED:
+                message = bytes(view[:size])
+            else:
+                message = view[:size]
+                buffer = self._spare.pop() if self._spare else bytearray(m.MAX_REQUEST)
+                view = memoryview(buffer)
+            with lock:
+                channel.unacked.append((message,))
+                sock = channel.sock
+                if sock is None:
+                    continue
+                ack = channel.due()
+                try:
+                    if ack is not None:
+                        sock.sendall(ack)
+                    sock.sendall(message)
+                except OSError:
+                    channel.sock = None
+        self.stop.set()
+        for other in (*self.channels, self.notifications):
+            self._hang_up(other)
+
+    def _recycle(self, message: Buffers) -> None:
+        """Use the buffer of a large request again."""
+        if isinstance(message[0], memoryview) and len(self._spare) < SPARE_BUFFERS:
+            buffer = message[0].obj
+            if isinstance(buffer, bytearray):
+                self._spare.append(buffer)
+
+    def _down(self, channel: Channel, fd: int, sock: socket.socket | None, hello: dict[str, Any]) -> None:
+        """Server to kernel, and the one that connects again."""
+        while True:
+            if sock is None:
+                connected = self._connect(channel)
+                if connected is None:
+                    return
+                sock, hello = connected
+            # Sending again is another thread's work: the server may not read on before its own replies are taken.
+            threading.Thread(target=self._attach, args=(channel, sock, hello["received"]), daemon=True).start()
+            try:
+                self._receive(channel, fd, sock)
+            except ConnectionLost:
+                pass
+            except FusePipeError as error:
+                log.warning("connection closed: %s", error)
+            channel.detach(sock)
+            sock.close()
+            sock = None
+            if self.stop.is_set():
+                return
+
+    def _attach(self, channel: Channel, sock: socket.socket, received: int) -> None:
+        try:
+            channel.attach(sock, received)
+        except FusePipeError as error:
+            log.warning("connection closed: %s", error)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        if self.stop.is_set():
+            self._hang_up(channel)
+
+    def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:
+        reader = Reader(sock, m.OUT_HEADER.size, m.MAX_REQUEST)
+        header, write, following = m.OUT_HEADER.unpack_from, os.write, reader.next
+        notifications = channel.number == NOTIFY
+        while True:
+            reader.more()
+            while (message := following()) is not None:
+                length, error, unique = header(message)
+                if error == ACK:
+                    channel.acknowledged(unique)
+                    continue
+                channel.count(length)
+                try:
+                    write(fd, message)
+                except OSError as failed:
+                    if failed.errno in _GONE:
+                        return
+                    # ENOENT: the caller is gone, or the kernel forgot the inode that a notification is about.
+            if notifications and channel.overdue():
+                channel.send(())
+
+
+@contextlib.contextmanager
+def mounted(connect: Connect, mountpoint: str, **options: Any) -> Iterator[Relay]:
+    """A mount for as long as the context lasts."""
+    relay = Relay(connect, mountpoint, **options)
+    relay.mount()
+    try:
+        yield relay
+    finally:
+        relay.unmount()
+        relay.close()
+
+
+def mount_and_relay(connect: Connect, mountpoint: str, *, channels: int = 1, ready: Callable[[], None] | None = None) -> None:
+    """Mount what the server behind ``connect`` serves and relay until it is unmounted; ``ready`` is called once mounted."""
+    relay = Relay(connect, mountpoint, channels=channels)
+    relay.mount()
+    if ready is not None:
+        ready()
+    relay.run()

@@ -1,0 +1,188 @@
+"""The host's side: serves a directory to any number of mounts over stream sockets."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from fuse_pipe import messages as m
+from fuse_pipe.channel import HELLO_MOST, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, send_hello, tune
+from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
+from fuse_pipe.session import WAKE, Session
+from fuse_pipe.volume import Volume
+from fuse_pipe.worker import this_worker
+
+log = logging.getLogger("fuse_pipe")
+
+SESSIONS = 8  # mounts at a time; the oldest without a connection gives way
+
+
+class Server:
+    """Serves ``root``; see ``Volume`` for the other arguments. One thread for each connection.
+
+    Make it in the main thread: it installs the handler of the signal that ends a wait for a lock.
+    """
+
+    def __init__(
+        self, root: str, *, read_only: bool = False, owner: tuple[int, int] = (0, 0), watch: bool = True, writeback: bool = False,
+        state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.root = root
+        self.options: dict[str, Any] = {"read_only": read_only, "owner": owner, "watch": watch, "writeback": writeback}
+        self.sessions: dict[str, Session] = {}
+        self.lock = threading.Lock()
+        self.connections: set[socket.socket] = set()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(WAKE, lambda *_: None)
+        try:
+            self.kind = "directory" if stat.S_ISDIR(os.stat(root).st_mode) else "file"
+        except OSError:
+            self.kind = "directory"  # gone: everything in it fails with EIO
+        if state is not None:
+            from fuse_pipe.state import restore
+
+            restore(self, state)
+
+    def session(self, name: str) -> Session:
+        """The mount of this name, made when it is first heard of."""
+        with self.lock:
+            session = self.sessions.get(name)
+            if session is None or session.ended:
+                if session is not None:
+                    session.close()
+                while len(self.sessions) >= SESSIONS:
+                    idle = next((s for s in self.sessions.values() if not any(c.sock for c in s.channels.values())), None)
+                    if idle is None:
+                        raise ProtocolError("too many mounts")
+                    del self.sessions[idle.name]
+                    idle.close()
+                session = self.sessions[name] = Session(name, Volume(self.root, **self.options))
+            return session
+
+    def connection(self, sock: socket.socket) -> None:
+        """Serve one connection to its end; whatever comes over it, only it ends."""
+        with self.lock:
+            self.connections.add(sock)
+        try:
+            tune(sock)
+            self._serve(sock)
+        except ConnectionLost:
+            pass
+        except FusePipeError as error:
+            log.warning("connection closed: %s", error)
+            with contextlib.suppress(OSError):
+                send_hello(sock, {"error": str(error)[: HELLO_MOST // 2]})
+        except Exception:
+            log.exception("connection closed")
+        finally:
+            with self.lock:
+                self.connections.discard(sock)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _serve(self, sock: socket.socket) -> None:
+        hello = receive_hello(sock)
+        name, number, base, received = (hello.get(key) for key in ("session", "channel", "base", "received"))
+        if not (isinstance(name, str) and 0 < len(name) <= 64) or not all(type(n) is int for n in (number, base, received)):
+            raise ProtocolError("a hello without its fields")
+        assert isinstance(number, int)
+        assert isinstance(base, int)
+        assert isinstance(received, int)
+        session = self.session(name)
+        channel = session.channel(number)
+        with channel.lock:
+            older = channel.sock
+        if older is not None:
+            with contextlib.suppress(OSError):
+                older.shutdown(socket.SHUT_RDWR)
+        with channel.serving:  # an older connection of this channel ends first
+            if channel.received == channel.base == 0 and not channel.unacked:  # nothing is known of this mount
+                channel.received, channel.base = base, received
+            if not base <= channel.received:
+                raise ProtocolError("requests are missing")
+            send_hello(
+                sock, {"fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"], "received": channel.received}
+            )  # fmt: skip
+            channel.attach(sock, received)
+            try:
+                self._loop(session, channel, sock)
+            finally:
+                channel.detach(sock)
+        if session.ended:
+            with self.lock:
+                if self.sessions.get(session.name) is session:
+                    del self.sessions[session.name]
+                    session.close()
+
+    def _loop(self, session: Session, channel: Channel, sock: socket.socket) -> None:
+        worker = this_worker()
+        reader = Reader(sock, m.IN_HEADER.size, m.MAX_REQUEST)
+        handle, following = session.handle, reader.next
+        while not session.ended:
+            reader.more()
+            replies: list[Buffers] = []
+            try:
+                with session.gate:
+                    while (message := following()) is not None:
+                        handle(channel, worker, message, replies)
+            finally:
+                if replies or channel.number == NOTIFY:
+                    channel.send(replies)
+                elif channel.overdue():
+                    channel.send(())
+
+    def accept(self, listener: socket.socket) -> None:
+        """Serve every connection to ``listener``, until it is shut down."""
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.connection, args=(sock,), name="fuse_pipe connection", daemon=True).start()
+
+    def close(self) -> None:
+        """End every connection and mount."""
+        with self.lock:
+            connections, sessions = list(self.connections), list(self.sessions.values())
+            self.sessions.clear()
+        for sock in connections:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for session in sessions:
+            session.ended = True
+            session.close()
+
+
+@contextlib.contextmanager
+def listening(path: str) -> Iterator[socket.socket]:
+    """A Unix socket at ``path``, that only this user can connect to; a stale one is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    try:
+        listener.listen(64)
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def serve(listener: socket.socket, root: str, **options: Any) -> None:
+    """Serve ``root`` to whoever connects to ``listener``, until it is shut down; the options are ``Server``'s."""
+    server = Server(root, **options)
+    try:
+        server.accept(listener)
+    finally:
+        server.close()

@@ -1,0 +1,254 @@
+"""One mount as the server sees it: its volume, its channels, and the requests that are under way."""
+
+import errno
+import logging
+import signal
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from fuse_pipe import locking
+from fuse_pipe import messages as m
+from fuse_pipe.channel import ACK, NOTIFY, Buffers, Channel, server_channel
+from fuse_pipe.errors import ProtocolError
+from fuse_pipe.operations import OPERATIONS, SLOW
+from fuse_pipe.volume import Volume
+from fuse_pipe.worker import Worker, this_worker
+
+log = logging.getLogger("fuse_pipe")
+
+# Ends a thread's wait for a lock. It only has to interrupt a system call, so any signal with a handler does.
+WAKE = signal.SIGUSR1
+CHANNELS = 64  # of one mount, at most
+THREADS = 64  # for slow requests, at most; beyond it they wait for one another
+REMEMBERED = 256  # interrupts that came before what they interrupt
+_OUT = m.OUT_HEADER.pack
+_IN = m.IN_HEADER.unpack_from
+_OUT_SIZE = m.OUT_HEADER.size
+
+
+class Gate:
+    """What requests are handled within; closed, it holds them off so that the session stands still."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._inside -= 1
+            if self._closed:
+                self._condition.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in, and wait until nobody is inside."""
+        with self._condition:
+            self._closed = True
+            self._condition.wait_for(lambda: self._inside == 0)
+
+    def open(self) -> None:
+        with self._condition:
+            self._closed = False
+            self._condition.notify_all()
+
+
+class Waiting:
+    """A request that waits for a lock in ``thread``."""
+
+    __slots__ = ("interrupted", "lock", "thread")
+
+    def __init__(self) -> None:
+        self.thread: int | None = threading.get_ident()
+        self.interrupted = False
+        self.lock = threading.Lock()
+
+
+class Session:
+    """A mount, named by its relay; it outlives the connections."""
+
+    def __init__(self, name: str, volume: Volume) -> None:
+        self.name = name
+        self.volume = volume
+        self.channels: dict[int, Channel] = {}
+        self.lock = threading.Lock()
+        self.gate = Gate()
+        self.ended = False
+        self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
+        self.waiting: dict[int, Waiting] = {}
+        self._interrupted: OrderedDict[int, None] = OrderedDict()  # requests to interrupt that are not waiting yet
+        self._threads = threading.BoundedSemaphore(THREADS)
+        self.idle = threading.Condition()  # notified when slow requests end
+        if volume.watcher is not None:
+            notify = self.channel(NOTIFY)
+            volume.watcher.notify = lambda message: notify.send(((message,),))
+
+    def channel(self, number: int) -> Channel:
+        """The channel of this number, made when it is first asked for."""
+        with self.lock:
+            channel = self.channels.get(number)
+            if channel is None:
+                if len(self.channels) > CHANNELS or not NOTIFY <= number < CHANNELS:
+                    raise ProtocolError(f"there is no channel {number}")
+                channel = self.channels[number] = server_channel(number)
+            return channel
+
+    def handle(self, channel: Channel, worker: Worker, message: memoryview, replies: list[Buffers]) -> None:
+        """Do what one message asks; its reply, if there is one now, is added to ``replies``.
+
+        Raises:
+            ProtocolError: it is no message of the protocol.
+        """
+        length, opcode, unique, *_ = _IN(message)
+        if opcode == ACK:
+            channel.acknowledged(unique)
+            return
+        channel.count(length)
+        if opcode in SLOW and not (opcode == m.SETLKW and self._lock_now(worker, message, unique, replies)):
+            self.defer(channel, unique, bytes(message))
+            return
+        if opcode == m.INTERRUPT:
+            (wanted,) = self.volume.decoders[opcode](message[40:])
+            self.interrupt(wanted)
+            return
+        if opcode == m.SETLKW:
+            return
+        reply = self.execute(worker, message)
+        if reply is not None:
+            replies.append(reply)
+
+    def execute(self, worker: Worker, message: memoryview, operation: Callable[..., Any] | None = None) -> Buffers | None:
+        """Do one request in this thread; its reply as buffers, or None for what has no reply."""
+        length, opcode, unique, nodeid, uid, gid, pid, extension, _ = _IN(message)
+        decode = self.volume.decoders.get(opcode)
+        if decode is None:
+            log.warning("unknown opcode %d", opcode)
+            return (_OUT(_OUT_SIZE, -errno.ENOSYS, unique),)
+        if extension:
+            if 40 + 8 * extension > length:
+                raise ProtocolError("extensions longer than their message")
+            fields = decode(message[40 : length - 8 * extension])
+            worker.groups = m.decode_groups(message[length - 8 * extension :])
+        else:
+            fields = decode(message[40:])
+            worker.groups = ()
+        worker.unique, worker.nodeid, worker.uid, worker.gid, worker.pid = unique, nodeid, uid, gid, pid
+        try:
+            payload = (operation or OPERATIONS[opcode])(self.volume, worker, *fields)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            return (_OUT(_OUT_SIZE, -number, unique),) if m.REQUESTS[opcode].replies else None
+        except (OverflowError, ValueError):  # a number or name that no system call can take
+            return (_OUT(_OUT_SIZE, -errno.EINVAL, unique),) if m.REQUESTS[opcode].replies else None
+        except Exception:
+            log.exception("%s failed", m.REQUESTS[opcode].name)
+            return (_OUT(_OUT_SIZE, -errno.EIO, unique),) if m.REQUESTS[opcode].replies else None
+        if opcode == m.DESTROY:
+            self.ended = True
+        if payload is None:
+            return None
+        if type(payload) is bytes:
+            size = len(payload)
+            if size < 4096:
+                return (_OUT(_OUT_SIZE + size, 0, unique) + payload,)
+            return _OUT(_OUT_SIZE + size, 0, unique), payload
+        return (_OUT(_OUT_SIZE + sum(map(len, payload)), 0, unique) + b"".join(payload),)
+
+    # ---- requests that take long
+
+    def _lock_now(self, worker: Worker, message: memoryview, unique: int, replies: list[Buffers]) -> bool:
+        """Take a lock if that needs no waiting."""
+        reply = self.execute(worker, message, locking.setlk_at_once)
+        if reply is None:
+            return False
+        replies.append(reply)
+        return True
+
+    def defer(self, channel: Channel, unique: int, message: bytes) -> None:
+        """Do a request in another thread."""
+        with self.lock:
+            self.slow[unique] = (channel.number, message)
+        threading.Thread(target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True).start()
+
+    def _run_slow(self, channel: Channel, unique: int, message: bytes) -> None:
+        waits = _IN(message)[1] == m.SETLKW
+        try:
+            if waits:
+                reply = self._wait(unique, message)
+            else:
+                with self._threads:
+                    reply = self.execute(this_worker(), memoryview(message))
+        except ProtocolError as error:
+            log.warning("%s", error)
+            reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
+        with self.lock:
+            done = self.slow.pop(unique, None) is not None
+        if done and reply is not None:
+            channel.send((reply,))
+        with self.idle:
+            self.idle.notify_all()
+
+    def _wait(self, unique: int, message: bytes) -> Buffers | None:
+        """Wait for a lock until it is there or the request is interrupted."""
+        waiting = Waiting()
+        with self.lock:
+            self.waiting[unique] = waiting
+            waiting.interrupted = unique in self._interrupted
+            self._interrupted.pop(unique, None)
+        try:
+            while not waiting.interrupted:
+                reply = self.execute(this_worker(), memoryview(message))
+                if reply is None or m.OUT_HEADER.unpack_from(reply[0])[1] != -errno.EINTR:
+                    return reply
+            return (_OUT(_OUT_SIZE, -errno.EINTR, unique),)
+        finally:
+            with waiting.lock:
+                waiting.thread = None
+            with self.lock:
+                self.waiting.pop(unique, None)
+
+    def interrupt(self, unique: int) -> None:
+        """The caller of a request got a signal: end its wait for a lock. Nothing else waits for long."""
+        with self.lock:
+            waiting = self.waiting.get(unique)
+            if waiting is None:
+                self._interrupted[unique] = None
+                if len(self._interrupted) > REMEMBERED:
+                    self._interrupted.popitem(last=False)
+                return
+            waiting.interrupted = True
+        threading.Thread(target=_wake, args=(waiting,), name="fuse_pipe wake", daemon=True).start()
+
+    def drain(self) -> None:
+        """Wait until no slow request is under way but those that wait for locks."""
+        with self.idle:
+            self.idle.wait_for(lambda: set(self.slow) <= set(self.waiting))
+
+    def close(self) -> None:
+        """Give up everything that the mount holds."""
+        with self.lock:
+            self.slow.clear()
+            waiting = list(self.waiting)
+        for unique in waiting:
+            self.interrupt(unique)
+        self.volume.close()
+
+
+def _wake(waiting: Waiting) -> None:
+    """Signal a waiting thread until it has noticed: a signal that comes just before the system call is lost."""
+    pause = threading.Event()
+    while True:
+        with waiting.lock:
+            if waiting.thread is None:
+                return
+            signal.pthread_kill(waiting.thread, WAKE)
+        pause.wait(0.02)
+
+

@@ -1,0 +1,207 @@
+"""What changes on the host is told to the kernel on the other side: inotify events become FUSE notifications.
+
+Every directory that the kernel has looked into is watched. The kernel's own requests raise events too, so an event is
+compared with what the kernel believes: a name that leads where it thinks, or a file whose ctime and size are as our
+last operation left them, needs no notification.
+"""
+
+import contextlib
+import os
+import select
+import struct
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from fuse_pipe import linux
+from fuse_pipe import messages as m
+from fuse_pipe.nodes import Node, state_of
+
+if TYPE_CHECKING:
+    from fuse_pipe.volume import Volume
+
+IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 0x40, 0x80, 0x100, 0x200
+IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
+IN_ONLYDIR, IN_EXCL_UNLINK = 0x01000000, 0x04000000
+NAMES = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
+MASK = NAMES | IN_MODIFY | IN_ATTRIB | IN_ONLYDIR | IN_EXCL_UNLINK
+_EVENT = struct.Struct("iIII")
+
+# Events within this time are taken together: a file being written raises one for every write.
+GATHER = 0.004
+
+
+class Watcher:
+    """A thread that reads the events of one volume. ``notify`` takes finished notifications."""
+
+    def __init__(self, volume: "Volume") -> None:
+        self.volume = volume
+        self.notify: Callable[[bytes], None] | None = None
+        self.fd = linux.inotify_init()
+        self.watches: dict[int, Node] = {}
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
+        self._settled = threading.Condition()
+        self._waiting = False
+        self._thread = threading.Thread(target=self._run, name="fuse_pipe watcher", daemon=True)
+
+    @classmethod
+    def start(cls, volume: "Volume") -> "Watcher | None":
+        """A running watcher; None where the host has no inotify instance left (files are then believed for less long)."""
+        try:
+            watcher = cls(volume)
+        except OSError:
+            return None
+        watcher._thread.start()
+        return watcher
+
+    def stop(self) -> None:
+        """End the thread and close everything."""
+        os.write(self._stop_write, b"x")
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        for fd in (self.fd, self._stop_read, self._stop_write):
+            os.close(fd)
+
+    def add(self, directory: Node) -> None:
+        """Watch a directory; its ``watch`` becomes -1 if that is not possible."""
+        fd = self.volume.table.fd(directory)
+        try:
+            watch = linux.inotify_add(self.fd, b"/proc/self/fd/%d" % fd.n, MASK)
+        except OSError:  # ENOSPC: fs.inotify.max_user_watches; EACCES: not readable
+            directory.watch = -1
+            return
+        self.watches[watch] = directory
+        directory.watch = watch
+
+    def remove(self, directory: Node) -> None:
+        """The kernel knows the directory no more."""
+        watch, directory.watch = directory.watch, None
+        if watch is not None and self.watches.get(watch) is directory:
+            del self.watches[watch]
+            with contextlib.suppress(OSError):  # the directory is gone, and its watch with it
+                linux.inotify_remove(self.fd, watch)
+
+    def settled(self) -> None:
+        """A change that the kernel asked for is done."""
+        if self._waiting:
+            with self._settled:
+                self._settled.notify_all()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.register(self._stop_read, select.POLLIN)
+        stop = select.poll()
+        stop.register(self._stop_read, select.POLLIN)
+        last = 0.0
+        while True:
+            if any(fd == self._stop_read for fd, _ in poll.poll()):
+                return
+            rest = last + GATHER - monotonic()
+            if rest > 0 and stop.poll(rest * 1000):
+                return
+            last = monotonic()
+            try:
+                data = os.read(self.fd, 256 * 1024)
+                self._judge(data)
+            except OSError:
+                continue  # the root is gone: nothing more will come
+
+    def _judge(self, data: bytes) -> None:
+        """Look at every event, once the changes under way when they were read are done."""
+        names: set[tuple[Node, bytes]] = set()
+        files: set[tuple[Node, bytes]] = set()
+        at = 0
+        while at < len(data):
+            watch, mask, _, length = _EVENT.unpack_from(data, at)
+            name = data[at + 16 : at + 16 + length].rstrip(b"\0")
+            at += 16 + length
+            if mask & IN_Q_OVERFLOW:
+                self.check_all()
+                continue
+            directory = self.watches.get(watch)
+            if directory is None:
+                continue
+            if mask & IN_IGNORED:
+                del self.watches[watch]
+                directory.watch = None
+            elif mask & NAMES:
+                names.add((directory, name))
+            else:
+                files.add((directory, name))
+        pending = set(self.volume.changing)
+        if pending:
+            self._waiting = True
+            with self._settled:
+                self._settled.wait_for(lambda: not pending & self.volume.changing, timeout=1)
+            self._waiting = False
+        for directory, name in names:
+            self.check_name(directory, name)
+        for directory, name in files - names:
+            node = directory.children.get(name) if name else directory
+            if node is not None:
+                self.check_file(node)
+
+    def check_name(self, directory: Node, name: bytes) -> None:
+        """Compare what the kernel believes ``name`` to be with what it is."""
+        volume = self.volume
+        missing = object()
+        believed = directory.children.get(name, missing)
+        try:
+            info = os.stat(name, dir_fd=volume.table.fd(directory).n, follow_symlinks=False)
+        except OSError:
+            info = None
+        if isinstance(believed, Node):
+            if info is not None and (info.st_dev, info.st_ino) == (believed.dev, believed.ino):
+                return
+            volume.table.lost(directory, name)
+            gone = info is None and self._links(believed) == 0
+            self._send_entry(directory, name, believed if gone else None)
+        elif believed is None:
+            if info is None:
+                return
+            directory.children.pop(name, None)
+            volume.negatives -= 1
+            self._send_entry(directory, name, None)
+        self.check_file(directory, force=True)
+
+    def _links(self, node: Node) -> int:
+        try:
+            return os.fstat(node.fd.n).st_nlink if node.fd is not None else 1
+        except OSError:
+            return 1
+
+    def check_file(self, node: Node, force: bool = False) -> None:
+        """Tell the kernel to drop what it has of a file or directory, unless it changed it itself."""
+        try:
+            info = self.volume.table.stat(node)
+        except OSError:
+            return
+        state = state_of(info)
+        if node.told == state and not force:
+            return
+        node.told, node.data = state, None
+        self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
+
+    def check_all(self) -> None:
+        """Events were lost, or nobody looked for a while: compare everything."""
+        for node in self.volume.table.nodes():
+            for name in list(node.children):
+                self.check_name(node, name)
+            if node.parent is not None and node.fd is None:
+                try:
+                    self.volume.table.fd(node.parent)
+                except OSError:
+                    continue
+            self.check_file(node)
+
+    def _send_entry(self, directory: Node, name: bytes, gone: Node | None) -> None:
+        if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped
+            self._send(m.notification(m.NOTIFY_DELETE, directory.id, gone.id, len(name), 0, tail=name + b"\0"))
+        else:
+            self._send(m.notification(m.NOTIFY_INVAL_ENTRY, directory.id, len(name), 0, tail=name + b"\0"))
+
+    def _send(self, message: bytes) -> None:
+        if self.notify is not None:
+            self.notify(message)
