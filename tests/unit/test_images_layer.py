@@ -23,7 +23,7 @@ def read() -> Iterator[Read]:
     """Reads the layer of these files above others."""
     with tempfile.TemporaryFile() as file:
         writer = Writer(file.fileno())
-        yield lambda *files, below=(): layers.read(io.BytesIO(layer(files)), writer, list(below))  # type: ignore[arg-type]
+        yield lambda *files, below=(): layers.read(io.BytesIO(layer(files)), writer, list(below))[0]  # type: ignore[arg-type]
 
 
 def at(tree: Directory, path: str) -> Node:

@@ -6,6 +6,7 @@ mounts it and names it in ``additionalimagestores`` of storage.conf: nothing is 
     overlay/<layer>/diff, link, lower, empty     the layer's files; its short name; those of the layers under it
     overlay/l/<short name>                       -> ../<layer>/diff
     overlay-layers/layers.json, layers.lock      what the layers are
+    overlay-layers/<layer>.tar-split.gz          how each layer's tar was put together (tar_split.py)
     overlay-images/images.json, images.lock      what the images are
     overlay-images/<image>/                      manifest and configuration, byte for byte
 
@@ -112,11 +113,12 @@ def write(fd: int, source: Path, manifest: Manifest, config: bytes, progress: Ca
     overlay.entries[b"l"] = links
     chain: list[str] = []  # layer ids, the lowest first
     trees: list[Directory] = []  # the nearest first
-    records = []
+    layers = []
+    tar_splits: dict[bytes, Node] = {}
     for number, (blob, diff_id) in enumerate(zip(manifest.layers, settings["rootfs"]["diff_ids"], strict=True)):
         path = source / blob.digest.removeprefix("sha256:")
         with compression.open_layer(path, progress) as stream:
-            tree = layer.read(stream, writer, trees)
+            tree, record = layer.read(stream, writer, trees)
             diff_size = stream.finish(expected=_digest(diff_id))
         id = layer_id(chain[-1] if chain else None, diff_id)
         short = f"{number:X}"
@@ -128,18 +130,20 @@ def write(fd: int, source: Path, manifest: Manifest, config: bytes, progress: Ca
             **({b"lower": _file(writer, lower)} if lower else {b"empty": _directory(0o700)}),
         })  # fmt: skip
         links.entries[short.encode()] = _symlink(writer, f"../{id}/diff".encode())
-        record = {"id": id, "parent": chain[-1] if chain else "", "created": created, "compressed-diff-digest": blob.digest,
+        tar_splits[f"{id}.tar-split.gz".encode()] = _file(writer, record)
+        description = {"id": id, "parent": chain[-1] if chain else "", "created": created, "compressed-diff-digest": blob.digest,
                   "compressed-size": blob.size, "diff-digest": diff_id, "diff-size": diff_size,
                   "compression": stream.kind}  # fmt: skip
-        records.append({name: value for name, value in record.items() if value not in ("", 0)})
+        layers.append({name: value for name, value in description.items() if value not in ("", 0)})
         chain.append(id)
         trees.insert(0, tree)
     lock = manifest.digest.removeprefix("sha256:").encode()  # what the store takes as "written by": any 64 bytes
     root = _directory(0o755, {
         b"overlay": overlay,
         b"overlay-layers": _directory(0o700, {
-            b"layers.json": _file(writer, _json(records)),
+            b"layers.json": _file(writer, _json(layers)),
             b"layers.lock": _file(writer, lock, 0o644),
+            **tar_splits,
         }),
         b"overlay-images": _images(writer, manifest, config, chain[-1] if chain else "", created, lock),
     })  # fmt: skip

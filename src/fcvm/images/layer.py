@@ -11,12 +11,13 @@ import io
 import posixpath
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import IO, cast
 
 from fcvm.errors import ImageError
+from fcvm.images import tar_split
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
 
 WHITEOUT = b".wh."
@@ -26,6 +27,8 @@ OPAQUE_XATTR = b"trusted.overlay.opaque"
 XATTR_HEADER = "SCHILY.xattr."
 MOST_SYMLINKS = 40  # as in Linux
 BUFFER = 1 << 16  # bytes; tarfile copies what is left of it at every read
+
+Read = Callable[[int], bytes]
 
 KINDS = {
     tarfile.CHRTYPE: stat.S_IFCHR,
@@ -49,7 +52,7 @@ class Layer:
         if below:
             _copy_attributes(below[0], self.root)
 
-    def add(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+    def add(self, member: tarfile.TarInfo, content: Read | None) -> None:
         """Add one entry of the tar."""
         parts = _parts(member.name)
         if not parts:
@@ -77,7 +80,7 @@ class Layer:
         else:
             directory.entries[name] = self._write(member, content)
 
-    def _write(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> Node:
+    def _write(self, member: tarfile.TarInfo, content: Read | None) -> Node:
         if member.issym():
             link = Symlink(stat.S_IFLNK, target=_bytes(member.linkname))
             _set_attributes(link, member)
@@ -86,7 +89,7 @@ class Layer:
         node = Node(KINDS.get(member.type, stat.S_IFREG))
         _set_attributes(node, member)
         if content is not None:
-            self.writer.add_file(node, member.size, content.read)
+            self.writer.add_file(node, member.size, content)
         elif stat.S_ISREG(node.mode):
             raise ValueError(f"{member.name} is of an unknown kind")
         elif stat.S_ISFIFO(node.mode):
@@ -165,21 +168,41 @@ class Layer:
         return self._directory(parts[:-1]).entries.get(parts[-1]) if parts else None
 
 
-def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> Directory:
-    """The tree of the layer that ``stream`` (an uncompressed tar, read to its end) holds.
+def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> tuple[Directory, bytes]:
+    """The tree of the layer that ``stream`` (an uncompressed tar, read to its end) holds, and the record of that tar.
 
     Raises:
         ImageError: it is not a tar, ends too early, or contradicts itself.
     """
-    layer = Layer(writer, below)
+    layer, recorder = Layer(writer, below), tar_split.Recorder()
+    source = cast(IO[bytes], _Recorded(stream, recorder))
     try:
-        file = cast(IO[bytes], stream)
-        with tarfile.open(fileobj=file, mode="r|", bufsize=BUFFER, encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=source, mode="r|", bufsize=BUFFER, encoding="utf-8", errors="surrogateescape") as tar:
             for member in _members(tar):
-                layer.add(member, tar.extractfile(member) if member.isreg() else None)
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is None or not member.size or member.issparse() or WHITEOUT in _bytes(member.name):
+                    layer.add(member, content.read if content else None)
+                else:
+                    layer.add(member, recorder.file(member.name, member.offset_data, member.size, content.read))
+                    recorder.end()
+        while source.read(BUFFER):
+            recorder.flush()
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise ImageError(f"A layer of the image is damaged: {str(error) or 'it ends too early'}.") from error
-    return layer.root
+    return layer.root, recorder.finish()
+
+
+class _Recorded(io.RawIOBase):
+    """A tar that tells the recorder what is read of it."""
+
+    def __init__(self, stream: io.RawIOBase, recorder: tar_split.Recorder) -> None:
+        self._stream = stream
+        self._recorder = recorder
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size) or b""
+        self._recorder.feed(data)
+        return data
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
