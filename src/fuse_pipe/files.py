@@ -103,9 +103,7 @@ def tmpfile(volume: Volume, worker: Worker, flags: int, mode: int, umask: int, _
 def read(
     volume: Volume, worker: Worker, number: int, offset: int, size: int, _f: int, _owner: int, _flags: int, _p: int
 ) -> bytes:  # fmt: skip
-    handle = volume.handles.get(number)
-    if handle is None:
-        raise OSError(errno.EBADF, "unknown handle")
+    handle = volume.handles.get(number) or volume.handle(number)
     return os.pread(handle.fd.n, size if size < m.MAX_WRITE else m.MAX_WRITE, offset)
 
 
@@ -114,9 +112,7 @@ def write(
 ) -> bytes:  # fmt: skip
     if volume.read_only:
         raise OSError(errno.EROFS, "read-only volume")
-    handle = volume.handles.get(number)
-    if handle is None:
-        raise OSError(errno.EBADF, "unknown handle")
+    handle = volume.handles.get(number) or volume.handle(number)
     worker.keep_setid(not extra & m.WRITE_KILL_SUIDGID)
     fd = handle.fd
     if flags & os.O_APPEND and not extra & m.WRITE_CACHE:

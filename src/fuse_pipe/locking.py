@@ -7,7 +7,7 @@ from typing import Any
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.nodes import Fd
+from fuse_pipe.nodes import Fd, Node
 from fuse_pipe.records import END, Owner, lock_path
 from fuse_pipe.volume import Handle, Volume
 from fuse_pipe.worker import Worker
@@ -20,9 +20,9 @@ def _range(start: int, end: int, kind: int) -> None:
         raise OSError(errno.EINVAL, "not a lock")
 
 
-def _fd(volume: Volume, handle: Handle) -> Fd:
+def lock_fd(volume: Volume, node: Node) -> Fd:
     """Something to lock through: writable wherever that can be had, because a lock may be changed later."""
-    path = volume.table.fd(handle.node)
+    path = volume.table.fd(node)
     if not volume.read_only:
         try:
             return lock_path(path, True)
@@ -35,7 +35,7 @@ def _fd(volume: Volume, handle: Handle) -> Fd:
 def _owner(volume: Volume, worker: Worker, handle: Handle, owner: int, pid: int) -> Owner:
     known = volume.records.owner(handle.node.id, owner)
     if known is None:
-        known = volume.records.add(handle.node.id, owner, _fd(volume, handle), pid)
+        known = volume.records.add(handle.node.id, owner, lock_fd(volume, handle.node), pid)
     handle.owners.add(owner)
     return known
 
@@ -47,6 +47,12 @@ def _file(volume: Volume, worker: Worker, number: int) -> Handle:
     return handle
 
 
+def flock(handle: Handle, kind: int, wait: bool) -> None:
+    """Lock a whole file for an open of it, as flock(2) does; the lock is one of the host's own flocks."""
+    linux.flock(handle.fd.n, _FLOCK[kind] | (0 if wait else fcntl.LOCK_NB))
+    handle.flock = kind
+
+
 def getlk(
     volume: Volume, worker: Worker, number: int, owner: int, start: int, end: int, kind: int, pid: int, flags: int, _: int
 ) -> bytes:  # fmt: skip
@@ -55,7 +61,7 @@ def getlk(
     if handle.node.kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, "only files have record locks")
     known = volume.records.owner(handle.node.id, owner)
-    fd = known.fd if known is not None else _fd(volume, handle)
+    fd = known.fd if known is not None else lock_fd(volume, handle.node)
     found = volume.records.test(handle.node.id, owner, fd, kind, start, end)
     if found is None:
         return m.LK_OUT.pack(start, end, fcntl.F_UNLCK, 0)
@@ -69,8 +75,7 @@ def setlk(
     _range(start, end, kind)
     handle = _file(volume, worker, number)
     if flags & m.LK_FLOCK:
-        linux.flock(handle.fd.n, _FLOCK[kind] | (0 if wait else fcntl.LOCK_NB))
-        handle.flock = kind
+        flock(handle, kind, wait)
         return b""
     if handle.node.kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, "only files have record locks")
@@ -82,7 +87,7 @@ def setlk(
 
 def setlkw(volume: Volume, worker: Worker, *fields: Any) -> bytes:
     """Wait for a lock; this blocks the thread until it is there or a signal comes (EINTR)."""
-    return setlk(volume, worker, *fields, True)
+    return setlk(volume, worker, *(*fields, True))
 
 
 def setlk_at_once(volume: Volume, worker: Worker, *fields: Any) -> bytes | None:

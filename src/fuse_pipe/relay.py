@@ -22,7 +22,18 @@ from typing import Any
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.channel import ACK, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, relay_channel, send_hello, tune
+from fuse_pipe.channel import (
+    ACK,
+    NOTIFY,
+    PROTOCOL,
+    Buffers,
+    Channel,
+    Reader,
+    receive_hello,
+    relay_channel,
+    send_hello,
+    tune,
+)
 from fuse_pipe.errors import ConnectionLost, FusePipeError
 
 log = logging.getLogger("fuse_pipe")

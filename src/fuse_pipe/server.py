@@ -137,6 +137,12 @@ class Server:
                 elif channel.overdue():
                     channel.send(())
 
+    def save(self) -> dict[str, Any]:
+        """The state of all mounts as JSON values, for ``Server(state=...)``; see ``state``."""
+        from fuse_pipe.state import save
+
+        return save(self)
+
     def accept(self, listener: socket.socket) -> None:
         """Serve every connection to ``listener``, until it is shut down."""
         while True:

@@ -68,7 +68,8 @@ class Volume:
         self._ids = (os.geteuid(), os.getegid())
         self.lock = threading.Lock()
         self.handles: dict[int, Handle] = {}
-        self._next_handle = 0
+        self.next_handle = 0
+        self.broken: set[int] = set()  # handles of a saved state whose files are gone
         self.minor = 0
         self.flags = 0
         self.decoders = m.decoders()
@@ -96,8 +97,8 @@ class Volume:
     def add_handle(self, node: Node, fd: Fd, flags: int) -> int:
         """Remember an open file; its number."""
         with self.lock:
-            self._next_handle += 1
-            number = self._next_handle
+            self.next_handle += 1
+            number = self.next_handle
             self.handles[number] = Handle(node, fd, flags)
             node.opens += 1
         return number
@@ -106,7 +107,7 @@ class Volume:
         """The open file of this number; EBADF if there is none."""
         handle = self.handles.get(number)
         if handle is None:
-            raise OSError(errno.EBADF, "unknown handle")
+            raise OSError(errno.EIO if number in self.broken else errno.EBADF, "unknown handle")
         return handle
 
     def drop_handle(self, number: int) -> Handle:
@@ -114,6 +115,7 @@ class Volume:
         with self.lock:
             handle = self.handles.pop(number, None)
             if handle is None:
+                self.broken.discard(number)
                 raise OSError(errno.EBADF, "unknown handle")
             node = handle.node
             node.opens -= 1
