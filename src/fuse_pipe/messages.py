@@ -414,14 +414,27 @@ def decode_groups(data: memoryview) -> tuple[int, ...]:
 
 
 def encode_request(
-    opcode: int, unique: int, nodeid: int = ROOT_ID, *tail: bytes, uid: int = 0, gid: int = 0, pid: int = 0, extension: bytes = b"", **fields: int
+    opcode: int,
+    number: int,
+    nodeid: int = ROOT_ID,
+    /,
+    *tail: bytes,
+    caller: tuple[int, int, int] = (0, 0, 0),
+    extension: bytes = b"",
+    **fields: int,
 ) -> bytes:
-    """A message as the kernel would send it: ``tail`` are its names (NUL is added), data or packed records."""
+    """A message as the kernel would send it.
+
+    Arguments:
+        number: the request's ``unique``.
+        tail: its names (NUL is added), data or packed records.
+        caller: uid, gid and pid.
+    """
     request = REQUESTS[opcode]
     body = request.layout.encode(**fields) if request.layout else b""
     ends = {"name": 1, "names": 2, "value": 1}.get(request.tail, 0)
     body += b"".join(part + b"\0" if n < ends else part for n, part in enumerate(tail)) + extension
-    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, nodeid, uid, gid, pid, len(extension) // 8, 0) + body
+    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, number, nodeid, *caller, len(extension) // 8, 0) + body
 
 
 def decode_reply(opcode: int, data: bytes) -> tuple[int, int, tuple[Any, ...], bytes]:

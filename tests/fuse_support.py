@@ -1,0 +1,243 @@
+"""For the tests of fuse_pipe: real servers and mounts that always go away, a client without a kernel, other users."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fuse_pipe import channel, linux
+from fuse_pipe import messages as m
+from fuse_pipe.server import Server
+
+SOURCE = Path(__file__).parent.parent / "src"
+CONTROL = Path("/sys/fs/fuse/connections")
+
+
+def spawn(*arguments: str | os.PathLike[str]) -> "subprocess.Popen[bytes]":
+    """``python -m fuse_pipe ...``, killed with the test."""
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fuse_pipe", *map(os.fspath, arguments)],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),
+    )
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """Ask again until it is true; for what no descriptor tells of."""
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.01)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+def is_mounted(path: Path) -> bool:
+    return any(line.split()[1] == str(path) for line in Path("/proc/self/mounts").read_text().splitlines())
+
+
+def abort(device: int) -> None:
+    """End a FUSE connection: whoever waits for it gets an error."""
+    if not CONTROL.joinpath("..").exists():
+        return
+    if not any(CONTROL.iterdir()):
+        with contextlib.suppress(OSError):
+            linux.mount("fusectl", str(CONTROL), "fusectl", 0, "")
+    with contextlib.suppress(OSError):
+        (CONTROL / str(os.minor(device)) / "abort").write_text("1")
+
+
+class Mount:
+    """A directory served and mounted, each by a process of its own. ``path`` is the mount, ``host`` what it shows."""
+
+    def __init__(self, base: Path, *, host: Path | None = None, serve: tuple[str, ...] = (), channels: int = 1) -> None:
+        self.base = base
+        self.host = host or base / "host"
+        self.path = base / "mount"
+        self.socket = base / "socket"
+        self.serve_options = serve
+        self.channels = channels
+        self.server: subprocess.Popen[bytes] | None = None
+        self.relay: subprocess.Popen[bytes] | None = None
+        self.device: int | None = None
+
+    def start(self) -> None:
+        if not self.host.exists():
+            self.host.mkdir(parents=True)
+        if self.host.is_file():
+            self.path.touch()
+        else:
+            self.path.mkdir(exist_ok=True)
+        self.start_server()
+        self.relay = spawn("mount", self.socket, self.path, "--channels", str(self.channels))
+        wait_for(lambda: is_mounted(self.path) or self.relay.poll() is not None, "the mount")
+        assert is_mounted(self.path), f"the relay ended with {self.relay.poll()}"
+        self.device = os.stat(self.path).st_dev
+
+    def start_server(self) -> None:
+        self.server = spawn("serve", self.host, "--socket", self.socket, *self.serve_options)
+
+        def listens() -> bool:
+            assert self.server is not None
+            assert self.server.poll() is None, "the server ended"
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.socket))
+                return True
+            return False
+
+        wait_for(listens, "the server")
+
+    def stop_server(self, number: int = signal.SIGTERM) -> None:
+        assert self.server is not None
+        self.server.send_signal(number)
+        self.server.wait(60)
+
+    def stop(self) -> None:
+        """Unmount and end everything, whatever state it is in."""
+        with contextlib.suppress(OSError):
+            linux.umount(str(self.path), linux.MNT_DETACH)
+        if self.device is not None:
+            abort(self.device)
+        for process in (self.relay, self.server):
+            if process is not None:
+                process.kill()
+                process.wait()
+        while is_mounted(self.path):
+            linux.umount(str(self.path), linux.MNT_DETACH)
+
+
+@contextlib.contextmanager
+def mount(base: Path, **options: Any) -> Iterator[Mount]:
+    """A ``Mount`` for as long as the context lasts."""
+    mounted = Mount(base, **options)
+    try:
+        mounted.start()
+        yield mounted
+    finally:
+        mounted.stop()
+
+
+def as_user(function: Callable[..., Any], *arguments: Any, uid: int = 0, gid: int = 0, groups: tuple[int, ...] = (), umask: int = 0o022) -> Any:
+    """Call a function in a child that is somebody else; its result, or the OSError that it raised."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            os.setgroups(groups)
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            os.umask(umask)
+            try:
+                result: Any = (True, function(*arguments))
+            except OSError as error:
+                result = (False, error.errno)
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(result, pipe)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    assert data, "the child failed"
+    good, value = pickle.loads(data)
+    if good:
+        return value
+    raise OSError(value, os.strerror(value))
+
+
+def error_of(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
+    """The name of the errno that a call fails with; "" if it does not fail."""
+    try:
+        function(*arguments, **keywords)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
+
+
+class Client:
+    """Speaks to a server as a relay does, without a kernel."""
+
+    def __init__(self, server: Server, session: str = "test", number: int = 0, base: int = 0, received: int = 0) -> None:
+        self.sock, other = socket.socketpair()
+        self.thread = threading.Thread(target=server.connection, args=(other,), daemon=True)
+        self.thread.start()
+        self.sock.settimeout(60)
+        channel.send_hello(
+            self.sock, {"fuse_pipe": 1, "session": session, "channel": number, "base": base, "received": received}
+        )  # fmt: skip
+        self.hello = channel.receive_hello(self.sock)
+        self.sock.settimeout(60)
+        self.reader = channel.Reader(self.sock, m.OUT_HEADER.size, m.MAX_REQUEST)
+        self.unique = 2
+        self.acks: list[int] = []
+
+    def send(self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, **fields: Any) -> int:
+        self.unique += 2
+        self.sock.sendall(m.encode_request(opcode, self.unique, nodeid, *tail, **fields))
+        return self.unique
+
+    def receive(self) -> bytes:
+        while True:
+            while (message := self.reader.next()) is not None:
+                _, error, unique = m.OUT_HEADER.unpack_from(message)
+                if error == channel.ACK:
+                    self.acks.append(unique)
+                    continue
+                return bytes(message)
+            self.reader.more()
+
+    def call(self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, **fields: Any) -> tuple[tuple[Any, ...], bytes]:
+        """One request; its structures and data, or the OSError that the server answers."""
+        unique = self.send(opcode, nodeid, *tail, **fields)
+        answered, error, structures, data = m.decode_reply(opcode, self.receive())
+        assert answered == unique
+        if error:
+            raise OSError(error, os.strerror(error))
+        return structures, data
+
+    def init(self, flags: int = (1 << 43) - 1 & ~m.INIT_RESERVED) -> Any:
+        return self.call(m.INIT, major=7, minor=45, max_readahead=1 << 20, flags=flags & 0xFFFFFFFF, flags2=flags >> 32)[0][0]
+
+    def lookup(self, name: bytes, parent: int = m.ROOT_ID) -> Any:
+        return self.call(m.LOOKUP, parent, name)[0][0]
+
+    def create(self, name: bytes, parent: int = m.ROOT_ID, flags: int = os.O_RDWR, mode: int = 0o100644, **fields: int) -> tuple[int, int]:
+        """Node id and handle of a new file."""
+        (entry, opened), _ = self.call(m.CREATE, parent, name, flags=flags, mode=mode, **fields)
+        return entry.nodeid, opened.fh
+
+    def close(self) -> None:
+        self.sock.close()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+@contextlib.contextmanager
+def client(root: Path, **options: Any) -> Iterator[Client]:
+    """A client of a new server of ``root``, after INIT."""
+    server = Server(str(root), **options)
+    try:
+        connected = Client(server)
+        connected.init()
+        yield connected
+        connected.close()
+    finally:
+        server.close()
