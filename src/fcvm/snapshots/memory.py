@@ -130,12 +130,13 @@ class MemoryServer:
         self.pidfd = -1
         self.error: Exception | None = None
         self.stop_read, self.stop_write = os.pipe()
-        self.ready = threading.Event()
+        self.started = False
+        self.ready = threading.Event()  # the process has started, or it never will
         # A process is bound to the thread that starts it, and this one must be able to be started again.
         self.thread = threading.Thread(target=self._run, name="memory server")
         self.thread.start()
         self.ready.wait()
-        if self.pidfd < 0:
+        if not self.started:
             self.close()
             raise SnapshotError(f"The memory server does not start: {self.error}.") from self.error
 
@@ -187,7 +188,6 @@ class MemoryServer:
     def _run(self) -> None:
         try:
             self._start()
-            self.ready.set()
             self._serve()
         except Exception as error:
             self.error = error
@@ -226,6 +226,8 @@ class MemoryServer:
     def _restart(self) -> None:
         """The process has died: another one carries on."""
         self._stop()
+        if not self.started:
+            raise SnapshotError("its process ended at once")
         if len(self.starts) == RESTARTS and time.monotonic() - self.starts[0] < RESTART_PERIOD:
             raise SnapshotError(f"its process died {RESTARTS} times within {RESTART_PERIOD:g} seconds")
         log.warning(f"the page-fault process of {self.memory.parent.name} died; another one carries on")
@@ -316,7 +318,7 @@ class MemoryServer:
             socket.send_fds(self.control, [json.dumps(values).encode()], fds)
 
     def _report(self) -> bool:
-        """Read what the process says: that it cannot serve a clone; False when it has died."""
+        """Read what the process says: that it serves, or cannot serve a clone; False when it has died."""
         try:
             message = self.control.recv(HANDSHAKE_LIMIT)
         except ConnectionResetError:
@@ -324,9 +326,11 @@ class MemoryServer:
         if not message:
             return False
         values = json.loads(message)
-        clone = self.clones.get(values["failed"])
-        if clone is not None:
-            self._fail(clone, values["error"])
+        if "ready" in values:
+            self.started = True
+            self.ready.set()
+        elif values["failed"] in self.clones:
+            self._fail(self.clones[values["failed"]], values["error"])
         return True
 
     def _fail(self, clone: _Clone, message: str) -> None:

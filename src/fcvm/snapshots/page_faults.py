@@ -155,6 +155,7 @@ class Server:
 
     def run(self) -> None:
         """Serve; returns when the owner has closed its end."""
+        self.control.send(json.dumps({"ready": True}).encode())
         spin_until = 0.0
         while True:
             spin = bool(self.replays) or time.monotonic() < spin_until

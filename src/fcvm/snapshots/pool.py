@@ -73,9 +73,16 @@ class Loaded:
         network: what the kit's factory made; None without one.
     """
 
-    def __init__(self, kit: Kit, clone_id: str, directory: Path) -> None:
-        """Start its Firecracker and send the load, without waiting for it: ``wait`` does."""
+    def __init__(
+        self, kit: Kit, clone_id: str, directory: Path, *, on_resumed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start its Firecracker and send the load, without waiting for it: ``wait`` does.
+
+        Arguments:
+            on_resumed: called once it runs.
+        """
         self.kit = kit
+        self.on_resumed = on_resumed
         self.id = clone_id
         self.directory = directory
         self.network: Any = None
@@ -106,6 +113,7 @@ class Loaded:
     def resume(self) -> None:
         """Let it run."""
         restore.resume(self.firecracker.api)
+        self.on_resumed()
 
     def move(self, directory: Path) -> None:
         """Make ``directory``, which exists and is empty, its directory; from now on it is the caller's to remove.
@@ -125,6 +133,7 @@ class Loaded:
     def close(self) -> None:
         """End it, and remove its network and directory; safe to call again."""
         self._undo.close()
+        self.on_resumed()  # it may never have been
 
     def __enter__(self) -> "Loaded":
         return self
@@ -136,9 +145,11 @@ class Loaded:
 def resume_all(clones: Sequence[Loaded]) -> None:
     """Let many run: all are told before the first answer is waited for."""
     for clone in clones:
-        clone.firecracker.api.send("PATCH", "/vm", restore.RESUMED)
+        restore.send_resume(clone.firecracker.api)
     for clone in clones:
-        clone.firecracker.api.receive("PATCH /vm")
+        restore.receive_resume(clone.firecracker.api)
+    for clone in clones:
+        clone.on_resumed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +223,6 @@ class Pool:
                         self._await(deadline)
                 finally:
                     self._waiting -= count - len(got)
-                    self._changed.notify_all()
         except BaseException:
             for clone in got:
                 clone.close()
@@ -235,6 +245,11 @@ class Pool:
         with self._changed:
             while len(self._ready) < self._target():
                 self._await(deadline)
+
+    def _refill(self) -> None:
+        """Wake the thread. Not before a taken clone was resumed: it would compete with us for the interpreter."""
+        with self._changed:
+            self._changed.notify_all()
 
     def status(self) -> Status:
         with self._changed:
@@ -316,7 +331,8 @@ class Pool:
         try:
             for _ in range(count):
                 clone_id = secrets.token_hex(6)
-                loading.append(Loaded(self.kit, clone_id, self.directory / clone_id))
+                directory = self.directory / clone_id
+                loading.append(Loaded(self.kit, clone_id, directory, on_resumed=self._refill))
             while loading:
                 clone = loading.pop(0)
                 clone.wait()

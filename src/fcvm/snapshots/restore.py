@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fcvm.errors import FirecrackerError, SnapshotError
-from fcvm.firecracker.api import Api
+from fcvm.firecracker.api import Api, encode
 from fcvm.firecracker.boot import SCRATCH_DISK
 from fcvm.firecracker.process import VSOCK, Firecracker
 from fcvm.snapshots import create, manifest
@@ -25,7 +25,7 @@ Backend = Literal["file", "uffd"]
 BACKENDS: tuple[Backend, ...] = ("file", "uffd")
 MEMORY_SOCKET = "memory.sock"
 
-RESUMED = {"state": "Resumed"}
+RESUME = encode("PATCH", "/vm", {"state": "Resumed"})  # made once: resuming is what a clone consists of
 
 
 def find_disks(snapshot: Snapshot, layout: Layout) -> dict[str, Path]:
@@ -128,7 +128,21 @@ def receive_load(vmm: Firecracker, snapshot: Snapshot) -> None:
 
 def resume(api: Api) -> None:
     """Let a loaded VM run."""
-    api.patch("/vm", RESUMED)
+    send_resume(api)
+    receive_resume(api)
+
+
+def send_resume(api: Api) -> None:
+    """Only send; raises FirecrackerError when the VMM has died."""
+    try:
+        api.socket.sendall(RESUME)
+    except OSError as error:
+        raise FirecrackerError(f"Firecracker does not answer PATCH /vm: {error}.") from error
+
+
+def receive_resume(api: Api) -> None:
+    """Wait for the resume that was sent."""
+    api.receive("PATCH /vm")
 
 
 def replace_drive(api: Api, drive: str, path: str) -> None:
