@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fc_agent import exec as runtime
-from fc_agent import identity, linux, process, volumes
+from fc_agent import identity, linux, process, sockets, volumes
 from fc_agent.container import Container, StartError
 from fc_agent.control import Connect, Control, connect_vsock
 from fc_agent.health import Monitor
@@ -55,6 +55,7 @@ class Agent:
         """Serve the host until it ends this system."""
         self._control.stage("agent")
         threading.Thread(target=self._server.serve, args=(self._listener,), daemon=True, name="sessions").start()
+        sockets.destroy_connections()  # there are none, but now a snapshot has the kernel's module for it
         self._service.warm()
         self._control.stage("podman service")
         for message in self._control.messages():

@@ -60,23 +60,28 @@ class Control:
         """The host's messages, for ever, over as many connections as it takes."""
         while True:
             connection = self._open()
-            buffer = bytearray()
-            while True:
-                try:
-                    data = connection.recv(1 << 16)
-                except OSError:
-                    break
-                if not data:
-                    break
-                buffer += data
-                if b"\n" in data:
-                    *lines, buffer = buffer.split(b"\n")
-                    yield from _decode(lines)
-                elif len(buffer) > MAX_LINE:
-                    break
-            with self._lock:
-                self._connection = None
-            connection.close()
+            try:
+                yield from self._read(connection)
+            finally:
+                with self._lock:
+                    self._connection = None
+                connection.close()
+
+    @staticmethod
+    def _read(connection: socket.socket) -> Iterator[dict[str, Any]]:
+        """The messages of one connection, until it ends."""
+        buffer = bytearray()
+        while True:
+            try:
+                data = connection.recv(1 << 16)
+            except OSError:
+                return
+            if not data or len(buffer) > MAX_LINE:
+                return
+            buffer += data
+            if b"\n" in data:
+                *lines, buffer = buffer.split(b"\n")
+                yield from _decode(lines)
 
     def _open(self) -> socket.socket:
         pause = FIRST_PAUSE

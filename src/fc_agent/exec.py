@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 from fc_agent import linux
@@ -31,12 +32,45 @@ CAPABILITIES = (
 )
 
 
+Read = Callable[[], list[tuple[int, bytes]] | None]
+
+
 class ContainerProcess(LocalProcess):
     """``crun exec`` in the foreground; its child in the container is what signals are for."""
 
     def __init__(self, popen: subprocess.Popen[bytes], terminal: int | None, base: str) -> None:
         super().__init__(popen, terminal)
         self._base = base
+        self._runs = False
+        self._ended = select.poll()
+        self._ended.register(self.ended, select.POLLIN)
+        self.outputs = {descriptor: self._unless_failed(read) for descriptor, read in self.outputs.items()}
+
+    def _unless_failed(self, read: Read) -> Read:
+        """``read``, without what crun itself prints when it cannot start the process: that is the exit's message.
+
+        Who has printed the first bytes shows a moment later: crun writes a pid file, or it ends.
+        """
+        held: list[tuple[int, bytes]] = []
+
+        def read_unless_failed() -> list[tuple[int, bytes]] | None:
+            pieces = read()
+            if self._runs:
+                return pieces
+            if pieces is not None and not pieces:
+                return pieces
+            held.extend(pieces or [])
+            while not self._ended.poll(1) and self._inner() is None:
+                pass
+            self._runs = self._inner() is not None
+            if not self._runs and self.popen.wait() != CRUN_FAILED:
+                self._runs = True
+            if not self._runs or not held:
+                return None if pieces is None else []
+            shown, held[:] = list(held), []
+            return shown
+
+        return read_unless_failed
 
     def _inner(self) -> int | None:
         """The process's id, once crun has started it."""
@@ -170,8 +204,7 @@ def process(container: Container, request: Request) -> dict[str, Any]:
     env.update(request.env)
     capabilities = list(value.get("capabilities", {}).get("bounding", []))
     if request.privileged:
-        with open("/proc/sys/kernel/cap_last_cap") as file:
-            capabilities = [f"CAP_{name}" for name in CAPABILITIES.split()[: int(file.read()) + 1]]
+        capabilities = all_capabilities()
     sets = ("bounding", "effective", "permitted") if value["user"]["uid"] == 0 or request.privileged else ("bounding",)
     value["capabilities"] = dict.fromkeys(sets, capabilities)
     value["args"] = request.argv
@@ -179,6 +212,13 @@ def process(container: Container, request: Request) -> dict[str, Any]:
     value["cwd"] = request.cwd or value.get("cwd") or "/"
     value["terminal"] = request.tty
     return value
+
+
+def all_capabilities() -> list[str]:
+    """The names of all capabilities that this system has to give (our bounding set, proc(5))."""
+    with open("/proc/self/status") as file:
+        bounding = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
+    return [f"CAP_{name}" for bit, name in enumerate(CAPABILITIES.split()) if bounding >> bit & 1]
 
 
 def find_user(root: str, text: str) -> tuple[dict[str, Any], str]:

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import time
 
-from fc_agent import linux, network
+from fc_agent import linux, network, sockets
 from fc_agent.protocol import Identity, NetworkPlan
 
 MACHINE_ID = "/etc/machine-id"
@@ -31,3 +31,4 @@ def take(identity: Identity, plan: NetworkPlan | None, *, restored: bool) -> Non
         if restored:
             network.forget_neighbours()
             network.announce(plan)
+            sockets.destroy_connections()

@@ -120,7 +120,6 @@ class Service:
 
     def warm(self) -> None:
         """Wait until the service answers, with everything loaded that a container will need."""
-        self.request("GET", "/_ping")
         self.request("GET", "/images/json")
         for program in ("crun", "conmon"):
             with open(f"/usr/bin/{program}", "rb") as file:

@@ -1,0 +1,282 @@
+"""Parts of the guest agent that need no guest: users of a container, health, conmon's socket, the control channel."""
+
+import http.server
+import json
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fc_agent import container, exec, health, linux
+from fc_agent.attach import Attached
+from fc_agent.channel import STDERR, STDOUT
+from fc_agent.control import Control
+from fc_agent.protocol import ContainerPlan, HealthPlan, VolumePlan
+from fc_agent.session import LaunchError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\n+broken line\napp:x:1000:1001::/home/app:\nodd:x:x:1::/:\n7:x:70:70::/seven:\n"
+    )
+    (tmp_path / "etc/group").write_text("root:x:0:\nstaff:x:50:app,other\nwheel:x:10:app\nbad\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("user", "uid", "gid", "groups", "home"),
+    [
+        ("root", 0, 0, [0], "/root"),
+        ("app", 1000, 1001, [10, 50, 1001], "/home/app"),
+        ("1000", 1000, 1001, [10, 50, 1001], "/home/app"),
+        ("app:staff", 1000, 50, [50], "/home/app"),
+        ("app:77", 1000, 77, [77], "/home/app"),
+        ("4242", 4242, 0, [0], "/"),
+        ("4242:43", 4242, 43, [43], "/"),
+        ("7", 70, 70, [70], "/seven"),
+    ],
+)
+def test_a_user_is_the_containers(root: Path, user: str, uid: int, gid: int, groups: list[int], home: str) -> None:
+    assert exec.find_user(str(root), user) == ({"uid": uid, "gid": gid, "additionalGids": groups}, home)
+
+
+@pytest.mark.parametrize("user", ["nobody", "app:nogroup", "odd"])
+def test_an_unknown_user(root: Path, user: str) -> None:
+    with pytest.raises(LaunchError):
+        exec.find_user(str(root), user)
+
+
+def test_a_link_in_the_container_does_not_lead_out_of_it(root: Path) -> None:
+    (root / "etc/passwd").unlink()
+    (root / "etc/passwd").symlink_to("/../../../../../../../../etc/hostname-of-the-container")
+    (root / "etc/hostname-of-the-container").write_text("in:x:5:5::/in:\n")
+    assert exec.find_user(str(root), "in")[0]["uid"] == 5
+    (root / "etc/passwd").unlink()
+    (root / "etc/passwd").symlink_to(f"{root}/etc/group")
+    with pytest.raises(LaunchError):
+        exec.find_user(str(root), "root")
+
+
+def test_a_fifo_in_the_container_does_not_hold_us(root: Path) -> None:
+    (root / "etc/passwd").unlink()
+    os.mkfifo(root / "etc/passwd")
+    with pytest.raises(LaunchError):
+        exec.find_user(str(root), "app")
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("crun: executable file `x` not found in $PATH: No such file or directory: OCI runtime attempted ...", 127),
+        (
+            "crun: the path `/etc/passwd` exists but it is not executable: Operation not permitted: OCI permission denied",
+            126,
+        ),
+        ("something else", 126),
+    ],
+)
+def test_start_codes(message: str, code: int) -> None:
+    assert container.start_code(message) == code
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("nonsense", 15), ("RTMIN+x", 15), ("SIGINT", 2)],
+)
+def test_signal_numbers(name: str, number: int) -> None:
+    assert container.signal_number(name) == number
+
+
+def test_specification_leaves_the_images_own_alone() -> None:
+    spec = container.specification(ContainerPlan("image"), [])
+    assert not {"entrypoint", "command", "user", "work_dir"} & set(spec)
+    spec = container.specification(ContainerPlan("image", entrypoint=["/bin/x"]), [VolumePlan(5000, "/data", True)])
+    assert (spec["entrypoint"], spec["command"]) == (["/bin/x"], [])
+    assert spec["mounts"][-1]["Destination"] == "/data"
+    assert "ro" in spec["mounts"][-1]["Options"]
+
+
+@pytest.mark.parametrize(
+    ("test", "command"),
+    [
+        (["CMD", "true", "x"], ["true", "x"]),
+        (["CMD-SHELL", "a b || exit 1"], ["/bin/sh", "-c", "a b || exit 1"]),
+        (["NONE"], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_health_commands(test: object, command: object) -> None:
+    assert health.health_command(test) == command
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    status = 500
+
+    def do_GET(self) -> None:
+        self.send_response(type(self).status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/health"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Plain:
+    """As much of a container as an HTTP check looks at."""
+
+    def __init__(self, plan: HealthPlan) -> None:
+        self.plan = ContainerPlan("image", health=plan)
+
+
+def test_health_over_http_follows_the_service(web: str) -> None:
+    reports: list[str] = []
+    changed = threading.Condition()
+
+    def report(status: str, detail: str) -> None:
+        with changed:
+            reports.append(status)
+            changed.notify_all()
+
+    def wait_for(expected: list[str]) -> None:
+        with changed:
+            assert changed.wait_for(lambda: reports == expected, 30), reports
+
+    Answer.status = 500
+    plan = HealthPlan("http", web, interval=0.02, retries=2, timeout=5, start_period=0.2)
+    monitor = health.Monitor(Plain(plan), report)  # type: ignore[arg-type]
+    monitor.start()
+    wait_for(["starting", "unhealthy"])
+    Answer.status = 302
+    wait_for(["starting", "unhealthy", "healthy"])
+    Answer.status = 404
+    wait_for(["starting", "unhealthy", "healthy", "unhealthy"])
+    monitor.stop()
+
+
+def test_http_check_of_nothing() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        well, detail = health.http_check(f"http://127.0.0.1:{unused.getsockname()[1]}/")(5)
+    assert not well
+    assert "refused" in detail
+
+
+@pytest.fixture
+def conmon(tmp_path: Path) -> Iterator[socket.socket]:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(tmp_path / "attach"))
+    listener.listen(1)
+    os.mkfifo(tmp_path / "ctl")
+    yield listener
+    listener.close()
+
+
+def test_attached_streams(conmon: socket.socket, tmp_path: Path) -> None:
+    attached = Attached(str(tmp_path), os.getpid(), tty=False, stdin=True)
+    monitor, _ = conmon.accept()
+    with monitor:
+        (read,) = attached.outputs.values()
+        assert read() == []
+        for packet in (b"\x02one ", b"\x02two", b"\x03err", b"\x02three"):
+            monitor.send(packet)
+        assert read() == [(STDOUT, b"one two"), (STDERR, b"err"), (STDOUT, b"three")]
+        assert attached.write(memoryview(b"x" * 100_000)) == 1 << 15
+        assert monitor.recv(1 << 16) == b"x" * (1 << 15)
+        attached.close_stdin()
+        assert monitor.recv(1 << 16) == b""
+        monitor.send(b"\x02last")
+    assert read() == [(STDOUT, b"last")]
+    assert read() is None
+    attached.finish(3, None)
+    assert select.select([attached.ended], [], [], 0)[0]
+    assert attached.exit() == (3, None)
+    attached.close()
+
+
+def test_attached_terminal(conmon: socket.socket, tmp_path: Path) -> None:
+    control = os.open(tmp_path / "ctl", os.O_RDONLY | os.O_NONBLOCK)
+    attached = Attached(str(tmp_path), os.getpid(), tty=True, stdin=True)
+    monitor, _ = conmon.accept()
+    with monitor:
+        attached.resize(40, 2000)
+        assert os.read(control, 100) == b"1 40 1000\n"
+        attached.write(memoryview(b"line\n"))
+        attached.close_stdin()
+        assert (monitor.recv(100), monitor.recv(100)) == (b"line\n", b"\x04")
+    attached.close()
+    os.close(control)
+
+
+def test_without_stdin_the_container_reads_its_end(conmon: socket.socket, tmp_path: Path) -> None:
+    attached = Attached(str(tmp_path), os.getpid(), tty=False, stdin=False)
+    monitor, _ = conmon.accept()
+    with monitor:
+        assert monitor.recv(10) == b""
+    attached.close()
+
+
+def test_control_tells_its_whole_state_on_every_connection(tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+
+    def connect() -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    control = Control(connect)
+    control.stage("early")
+    got: list[dict[str, object]] = []
+    seen = threading.Semaphore(0)
+
+    def body() -> None:
+        for message in control.messages():
+            got.append(message)
+            seen.release()
+            if message.get("type") == "end":
+                return
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    listener.listen(1)  # only now: the guest has to try again
+    first, _ = listener.accept()
+    with first, first.makefile("r") as lines:
+        assert json.loads(lines.readline())["state"]["phase"] == "waiting"
+        assert json.loads(lines.readline())["name"] == "early"
+        first.sendall(b'{"type":"plan"}\nnonsense\n{"type":"st')
+        assert seen.acquire(timeout=30)
+        control.tell({"type": "started"}, phase="running")
+        assert json.loads(lines.readline())["type"] == "started"
+    second, _ = listener.accept()
+    with second, second.makefile("r") as lines:
+        assert json.loads(lines.readline())["state"]["phase"] == "running"
+        second.sendall(b'{"type":"end"}\n')
+        thread.join(30)
+    assert [message["type"] for message in got] == ["plan", "end"]
+    listener.close()
+
+
+def test_uptime_grows() -> None:
+    assert 0 < linux.uptime() <= linux.uptime()
