@@ -4,7 +4,6 @@ import json
 import tarfile
 from pathlib import Path
 
-import images_support
 import pytest
 from images_support import archive, image
 
@@ -74,11 +73,6 @@ def test_every_blob_is_what_its_name_says(tmp_path: Path) -> None:
     assert len(blobs) == 4  # two layers, configuration, manifest
     for name, content in blobs.items():
         assert name.endswith(hashlib.sha256(content).hexdigest())
-
-
-def test_the_packages_the_examples_need_are_listed() -> None:
-    names = (images_support.EXAMPLES / "PACKAGES").read_text().split()
-    assert {"skopeo", "mmdebstrap", "busybox-static"} <= set(names)
 
 
 def test_a_static_program_is_told_from_a_dynamic_one() -> None:

@@ -73,10 +73,11 @@ def _load(args: argparse.Namespace, context: Context) -> int:
 def _rm(args: argparse.Namespace, context: Context) -> int:
     from fcvm.images import store
 
+    used = _used_by_snapshots(context)
     failed: list[FcvmError] = []
     for name in dict.fromkeys(args.names):
         try:
-            removed, last = store.untag(context.layout, name)
+            removed, last = store.untag(context.layout, name, used=used)
         except FcvmError as error:
             failed.append(error)
             continue
@@ -89,10 +90,18 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
 
 
 def _prune(args: argparse.Namespace, context: Context) -> int:
+    """Remove images here, then the machine's copies of images that are not here any more.
+
+    In the machine no image has a name; ``args.keep`` has the keys of those that its host has.
+    """
     from fcvm.images import store, work
 
+    keep: list[str] | None = getattr(args, "keep", None)
     work.sweep(context.layout)
-    gone = store.prune(context.layout, everything=args.all)
+    gone = store.prune(context.layout, everything=args.all, used=_used_by_snapshots(context) | set(keep or ()))
+    if keep is not None:
+        return 0
+    _prune_machine(args, context)
     if args.json:
         print(json.dumps([_public(image, []) for image in gone], indent=2))
         return 0
@@ -100,6 +109,32 @@ def _prune(args: argparse.Namespace, context: Context) -> int:
         print(image.id[7:])
     print(f"{len(gone)} images removed, {_size(sum(image.size_bytes for image in gone))} freed", file=sys.stderr)
     return 0
+
+
+def _prune_machine(args: argparse.Namespace, context: Context) -> None:
+    """Let the machine do the same, if there is one and it runs."""
+    from fcvm import host
+
+    if not host.uses_machine(context.config):
+        return
+    from fcvm.machine.machine import Machine
+
+    if Machine(context.config, context.layout).status().phase == "running":
+        from fcvm.cli.remote import forward
+        from fcvm.images import store
+
+        args.keep = [image.key for image, _ in store.images(context.layout)]
+        forward(args, context)
+
+
+def _used_by_snapshots(context: Context) -> set[str]:
+    """The keys of the images that snapshots need; they name their disks relative to the data directory."""
+    from pathlib import PurePath
+
+    from fcvm.snapshots import store as snapshots
+
+    disks = [PurePath(path) for found in snapshots.snapshots(context.layout) for path in found.manifest.disks.values()]
+    return {path.stem for path in disks if path.parent.name == "images"}
 
 
 def _public(image: "Image", names: list[str]) -> dict[str, Any]:
