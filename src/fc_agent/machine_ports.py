@@ -7,6 +7,7 @@ host's ports or ``{"error": ...}``. The ports stay published while the connectio
 supervisor however it ends.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -25,10 +26,8 @@ class _Client:
         self.host_ports: dict[int, int] = {}  # id -> the host's port, once published
 
     def reply(self, message: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is gone; its end of the connection says so too
             self.connection.send(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass  # it is gone; its end of the connection says so too
 
 
 class Ports:

@@ -7,6 +7,7 @@ properly.
 """
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import os
@@ -56,7 +57,9 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> "Job":
         paths = ("base", "kernel", "initrd", "root")
-        return cls(**{name: Path(value) if name in paths else value for name, value in json.loads(text).items()})
+        values: dict[str, Any] = json.loads(text)
+        parsed: dict[str, Any] = {name: Path(value) if name in paths else value for name, value in values.items()}
+        return cls(**parsed)
 
 
 def _plain(value: Any) -> Any:
@@ -76,6 +79,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2)  # shows in the log what every thread is at
     return Keeper(job, places).run()
 
 

@@ -1,52 +1,77 @@
-"""In the machine: copies what ``sync.py`` says from the host's files to the machine's own disk.
+"""In the machine: takes fcvm's code from stdin and copies setup's assets from the host's files. See ``sync.py``.
 
-It is run from the host's copy of the code, which makes it slow to start; it is needed after a change only.
+Its text is the program (``python3 -c``), so it imports nothing of fcvm and little else. It runs as the machine's user.
+The code comes as one JSON line, a list of ``[name, size, time of modification in ns]``, then all files' bytes.
 """
 
 import json
 import os
-import shutil
-from pathlib import Path
-from typing import Any
-
-from fcvm.storage.layout import publish
+import sys
 
 BLOCK = 4 << 20
 
 
 def main(text: str) -> None:
     """Do the work that the JSON ``text`` describes; says on stdout what it is at."""
-    work: dict[str, Any] = json.loads(text)
+    work = json.loads(text)
+    receive_code(work["code"])
     for source, target in work["files"]:
-        copy_file(Path(source), Path(target))
-    code = Path(work["code"])
-    code.parent.mkdir(parents=True, exist_ok=True)
-    with publish(code) as temporary:
-        if not code.exists():
-            print("fcvm's code", flush=True)
-            for package in work["packages"]:
-                ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-                shutil.copytree(Path(work["sources"]) / package, temporary / package, ignore=ignore)
-    assets = Path(work["assets"])
-    assets.parent.mkdir(parents=True, exist_ok=True)
-    with publish(assets) as temporary:
-        if not assets.exists():
-            temporary.write_text(work["content"])
+        copy_file(source, target)
+    if not os.path.exists(work["assets"]):
+        os.makedirs(os.path.dirname(work["assets"]), exist_ok=True)
+        with open(work["assets"] + ".creating", "w") as file:
+            file.write(work["content"])
+        os.replace(work["assets"] + ".creating", work["assets"])
 
 
-def copy_file(source: Path, target: Path) -> None:
+def receive_code(target: str) -> None:
+    """Make the directory ``target`` of the files that come from stdin.
+
+    The compiled modules of the directory before it are linked in: Python takes those whose source has not changed.
+    """
+    files = json.loads(sys.stdin.buffer.readline())
+    older = previous(os.path.dirname(target))
+    temporary = f"{target}.creating-{os.getpid()}"
+    for name, size, modified in files:
+        path = f"{temporary}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(sys.stdin.buffer.read(size))
+        os.utime(path, ns=(modified, modified))
+    for directory, _, names in os.walk(older) if older else ():
+        if directory.endswith("__pycache__"):
+            new = temporary + directory[len(older) :]
+            if os.path.isdir(os.path.dirname(new)):
+                os.makedirs(new, exist_ok=True)
+                for name in names:
+                    os.link(f"{directory}/{name}", f"{new}/{name}")
+    try:
+        os.rename(temporary, target)
+    except OSError:  # another process was faster
+        os.system(f"rm -rf {temporary}")
+
+
+def previous(directory: str) -> str | None:
+    """The code directory that was made last."""
+    os.makedirs(directory, exist_ok=True)
+    found = [entry for entry in os.scandir(directory) if ".creating" not in entry.name and entry.is_dir()]
+    return max(found, key=lambda entry: entry.stat().st_ctime).path if found else None
+
+
+def copy_file(source: str, target: str) -> None:
     """Copy a file that is named by its content, unless it is there."""
-    if target.exists():
+    if os.path.exists(target):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with publish(target) as temporary:
-        if target.exists():
-            return
-        with open(source, "rb") as reading, open(temporary, "wb") as writing:
-            size = os.fstat(reading.fileno()).st_size
-            done = 0
-            while data := reading.read(BLOCK):
-                writing.write(data)
-                done += len(data)
-                print(f"{target.name} {done >> 20} of {size >> 20} MiB", flush=True)
-        os.chmod(temporary, os.stat(source).st_mode & 0o777)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    name = os.path.basename(target)
+    with open(source, "rb") as reading, open(target + ".creating", "wb") as writing:
+        status = os.fstat(reading.fileno())
+        while data := reading.read(BLOCK):
+            writing.write(data)
+            print(f"{name} {writing.tell() >> 20} of {status.st_size >> 20} MiB", flush=True)
+    os.chmod(target + ".creating", status.st_mode & 0o777)
+    os.replace(target + ".creating", target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,13 +1,14 @@
 """Gives the machine what its VMs need: fcvm's own code, and the kernel, images and Firecracker that setup has made.
 
-All of it is named by content, so it is copied once and never changed. The copying is done by a process in the machine
-(``receive.py``) that reads the host's files under ``/host``. ``Plan.key`` is noted in the runtime directory when it is
-done; as long as it stays the same there is nothing to do.
+All of it is named by content, so it is copied once and never changed. A process in the machine (``receive.py``) takes the
+code from its stdin and reads the rest under ``/host``. ``Plan.key`` is noted in the runtime directory when it is done; as
+long as it stays the same there is nothing to do.
 """
 
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,6 @@ SOURCES = Path(fcvm.__file__).parent.parent
 BASE = Path("/mnt/fcvm-btrfs")
 HOST = Path("/host")
 PYTHON = "/usr/bin/python3"
-RECEIVE = "import sys; sys.path.insert(0, sys.argv[1]); from fcvm.machine.receive import main; main(sys.argv[2])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def plan(assets: Assets, base: Path) -> Plan:
     jailer = assets.firecracker.with_name("jailer")
     if jailer.exists():
         files.append((jailer, there["firecracker"].with_name("jailer")))
-    content = replace(assets, **there).to_json()
+    content = replace(assets, **there).to_json()  # type: ignore[arg-type]
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return Plan(tuple(files), BASE / "code" / code_key(), BASE / "cache" / f"assets-{key}.json", content)
 
@@ -71,23 +71,33 @@ def _identity(path: Path) -> str:
     return hashlib.sha256(f"{path} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()
 
 
-def code_key(sources: Path = SOURCES) -> str:
+def code_key() -> str:
     """Changes whenever a file of fcvm's packages does: a hash over their names, sizes and times."""
-    state = hashlib.sha256()
-    for package in PACKAGES:
-        _add_directory(state, os.fspath(sources / package))
-    return state.hexdigest()[:16]
+    return hashlib.sha256(json.dumps(code_files()).encode()).hexdigest()[:16]
 
 
-def _add_directory(state: "hashlib._Hash", directory: str) -> None:
-    with os.scandir(directory) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name != "__pycache__":
-                    _add_directory(state, entry.path)
-            else:
-                found = entry.stat()
-                state.update(f"{entry.path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+def code_files() -> list[tuple[str, int, int]]:
+    """The files of fcvm's packages below SOURCES: name, size, time of modification in ns."""
+    found: list[tuple[str, int, int]] = []
+    directories = list(PACKAGES)
+    while directories:
+        directory = directories.pop()
+        with os.scandir(SOURCES / directory) as entries:
+            for entry in entries:
+                name = f"{directory}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    directories += [name] if entry.name != "__pycache__" else []
+                elif not entry.name.startswith("."):
+                    status = entry.stat()
+                    found.append((name, status.st_size, status.st_mtime_ns))
+    return sorted(found)
+
+
+def pack_code() -> bytes:
+    """The code as ``receive.py`` reads it."""
+    files = [(name, (SOURCES / name).read_bytes(), modified) for name, _, modified in code_files()]
+    index = json.dumps([(name, len(data), modified) for name, data, modified in files])
+    return b"".join([index.encode(), b"\n", *(data for _, data, _ in files)])
 
 
 def synced(places: Places, plan: Plan) -> bool:
@@ -109,8 +119,6 @@ def sync(places: Places, plan: Plan, user: str | None, note: Callable[[str], Non
             return
         work = {
             "files": [[str(HOST / source.relative_to("/")), str(target)] for source, target in plan.files],
-            "sources": str(HOST / SOURCES.relative_to("/")),
-            "packages": PACKAGES,
             "code": str(plan.code),
             "assets": str(plan.assets),
             "content": plan.content,
@@ -122,11 +130,14 @@ def sync(places: Places, plan: Plan, user: str | None, note: Callable[[str], Non
             if name == "stdout":
                 note(data.decode(errors="replace").strip().rpartition("\n")[2])
 
-        argv = [PYTHON, "-ISEB", "-c", RECEIVE, str(work["sources"]), json.dumps(work)]
-        ended = stream(
-            lambda: sockets.connect(places.session), Request(argv, target="vm", user=user, cwd="/", grace=0), stdin=None,
-            on_output=show,
-        )  # fmt: skip
+        program = Path(__file__).with_name("receive.py").read_text()
+        request = Request(
+            [PYTHON, "-ISE", "-c", program, json.dumps(work)], target="vm", user=user, cwd="/", stdin=True, grace=0
+        )
+        with tempfile.TemporaryFile() as code:
+            code.write(pack_code())
+            code.seek(0)
+            ended = stream(lambda: sockets.connect(places.session), request, stdin=code.fileno(), on_output=show)
         if ended.code != 0:
             words = (b"".join(output).decode(errors="replace").strip().splitlines() or [ended.message or ""])[-1]
             raise MachineError(f"fcvm's files could not be copied into the machine: {words}", hint="fcvm machine logs")

@@ -46,7 +46,7 @@ class Memory:
         """The ``size`` bytes at guest address ``address``. Raises ValueError: they are not (all) memory."""
         for region in self.regions:
             start = address - region.guest
-            if start >= 0 and start + size <= region.size:
+            if 0 <= start <= region.size - size:
                 return region.view[start : start + size]
         raise ValueError(f"no guest memory at {address:#x}+{size}")
 
@@ -54,7 +54,7 @@ class Memory:
         """The ``size`` bytes that the VMM has at ``address``. Raises ValueError: they are not (all) guest memory."""
         for region in self.regions:
             start = address - region.user
-            if start >= 0 and start + size <= region.size:
+            if 0 <= start <= region.size - size:
                 return region.view[start : start + size]
         raise ValueError(f"no guest memory at the VMM's {address:#x}+{size}")
 

@@ -7,7 +7,6 @@ import beyond what was there, the zygote imports after it: the next one finds it
 import fcntl
 import gc
 import importlib
-import io
 import json
 import os
 import select
@@ -141,11 +140,9 @@ def _command(message: dict[str, Any], standard: list[int], known: set[str], lear
 
 def _streams() -> None:
     """sys.stdin, stdout and stderr as a starting interpreter makes them for descriptors 0, 1 and 2."""
-    sys.stdin = io.TextIOWrapper(io.open(0, "rb", closefd=False), "utf-8", "strict")  # noqa: UP020
-    out = io.open(1, "wb", closefd=False)  # noqa: UP020
-    sys.stdout = io.TextIOWrapper(out, "utf-8", "strict", line_buffering=os.isatty(1))
-    err = io.open(2, "wb", closefd=False)  # noqa: UP020
-    sys.stderr = io.TextIOWrapper(err, "utf-8", "backslashreplace", line_buffering=True)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _run(argv: list[str]) -> int:
