@@ -91,3 +91,8 @@ def test_the_demo_image_has_its_applets() -> None:
     assert files["bin/sh"].link == files["bin/httpd"].link == "busybox"
     assert b"demo:x:1000:" in files["etc/passwd"].content
     assert len(archive.layer(files.values())) > 1_000_000
+
+
+def test_a_path_with_a_colon(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="colon"):
+        load.contents(image(tmp_path / "a:b.tar"))

@@ -73,7 +73,7 @@ def _load(args: argparse.Namespace, context: Context) -> int:
 def _rm(args: argparse.Namespace, context: Context) -> int:
     from fcvm.images import store
 
-    used = _used_by_snapshots(context)
+    used = _used(context)
     failed: list[FcvmError] = []
     for name in dict.fromkeys(args.names):
         try:
@@ -98,7 +98,7 @@ def _prune(args: argparse.Namespace, context: Context) -> int:
 
     keep: list[str] | None = getattr(args, "keep", None)
     work.sweep(context.layout)
-    gone = store.prune(context.layout, everything=args.all, used=_used_by_snapshots(context) | set(keep or ()))
+    gone = store.prune(context.layout, everything=args.all, used=_used(context) | set(keep or ()))
     if keep is not None:
         return 0
     _prune_machine(args, context)
@@ -127,12 +127,17 @@ def _prune_machine(args: argparse.Namespace, context: Context) -> None:
         forward(args, context)
 
 
-def _used_by_snapshots(context: Context) -> set[str]:
-    """The keys of the images that snapshots need; they name their disks relative to the data directory."""
+def _used(context: Context) -> set[str]:
+    """The keys of the images that snapshots need; they name their disks relative to the data directory.
+
+    Those that VMs need are seen in the VMs' directories by the store itself.
+    """
     from pathlib import PurePath
 
     from fcvm.snapshots import store as snapshots
+    from fcvm.vm import state
 
+    state.sweep(context.layout)  # a VM that is gone uses nothing
     disks = [PurePath(path) for found in snapshots.snapshots(context.layout) for path in found.manifest.disks.values()]
     return {path.stem for path in disks if path.parent.name == "images"}
 

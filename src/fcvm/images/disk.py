@@ -74,7 +74,10 @@ def parse_manifest(raw: bytes) -> Manifest:
         layers = tuple(Blob(_digest(entry["digest"]), int(entry["size"])) for entry in document["layers"])
         id = _digest(document["config"]["digest"]).removeprefix("sha256:")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImageError("The manifest of the image cannot be read: it is damaged or of an unknown kind.") from error
+        raise ImageError(
+            "The manifest of the image cannot be read: it is damaged, or of a kind that is no longer used.",
+            hint="skopeo copy --format=oci IMAGE oci:DIRECTORY converts old ones",
+        ) from error
     return Manifest(raw, "sha256:" + hashlib.sha256(raw).hexdigest(), id, layers)
 
 

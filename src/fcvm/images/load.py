@@ -76,6 +76,10 @@ def contents(path: Path, transport: str | None = None) -> list[tuple[Reference, 
     """The images in a file or directory, each with the names that it gives them."""
     if not path.exists():
         raise NotFoundError(f"There is no file {path}.", hint=f"ls -l {path.parent}")
+    if ":" in str(path):
+        raise UsageError(
+            f"{path} has a colon in its name, which would end it in a reference.", hint=f"mv '{path}' FILE"
+        )
     transport = transport or _kind(path)
     if transport == "docker-archive":
         entries = _document(path, "manifest.json")
