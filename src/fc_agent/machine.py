@@ -3,7 +3,7 @@
 The host's keeper (``fcvm/machine/keeper.py``) starts QEMU and holds the other end of the virtio-serial port
 ``fcvm.control``, over which JSON lines go both ways:
 
-    machine: {"type":"phase","name":"network"|"disk"|"ready"}      how far the start is
+    machine: {"type":"phase","name":"modules"|"disk"|"ready"}      how far the start is
     machine: {"type":"broken","message":...}                       the start cannot go on
     machine: {"type":"publish","id":N,"protocol":"tcp","host_ip":...,"host_port":...,"port":...}
     machine: {"type":"unpublish","id":N}
@@ -18,10 +18,12 @@ PID 1 forks the agent and reaps; when the agent ends, whatever the reason, the m
 
 import json
 import os
+import select
 import socket
 import time
 from typing import Any, NoReturn
 
+from fc_agent import init, linux
 from fc_agent import machine_system as system
 from fc_agent.machine_ports import Ports
 
@@ -34,13 +36,16 @@ RUN = "/run/fcvm"
 SESSION_SOCKET = f"{RUN}/session.sock"
 
 # Not loaded on demand: devices have no udev here, and /dev/kvm and /dev/net/tun exist only once their driver does.
-MODULES = ("virtio_net", "virtio_rng", "virtio_balloon", "btrfs", "kvm_amd", "tun", "loop", "veth", "bridge", "nf_tables")
+# In two groups, as loading is mostly decompressing and linking, and there are two CPUs or more.
+MODULES = (("btrfs", "loop", "veth", "bridge"), ("kvm_amd", "tun", "nf_tables"))
 STOP_SECONDS = 20.0  # that VMs and commands have to end by SIGTERM when the machine is stopped
 
 
 def main() -> NoReturn:
     """Be PID 1."""
-    system.mounts()
+    os.environ.clear()
+    os.environ.update(init.ENVIRONMENT)
+    init.prepare()
     agent = os.fork()
     if agent == 0:
         os._exit(_agent())
@@ -52,7 +57,7 @@ def main() -> NoReturn:
         if pid == agent:
             code = os.waitstatus_to_exitcode(status)
             if code != 0:
-                print(f"fcvm: the machine's agent ended with {code}", flush=True)
+                linux.log(f"the machine's agent ended with {code}")
             break
     system.end_all_processes(STOP_SECONDS if os.waitstatus_to_exitcode(status) == 0 else 0)
     system.unmount(HOST, DATA)
@@ -61,14 +66,15 @@ def main() -> NoReturn:
 
 def _agent() -> int:
     os.setsid()
-    os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8")
     control = Control()
     try:
         configuration = oem_configuration()
         os.environ["FCVM_BASE_DIR"] = DATA
-        system.run("modprobe", "-a", *MODULES)
-        control.phase("network")
+        loading = [system.start("modprobe", "-a", *names) for names in MODULES]
         system.network(configuration)
+        control.phase("modules")
+        for program in loading:
+            program.wait()
         system.devices()
         control.phase("disk")
         system.data_disk(DATA_DISK, DATA, configuration.get("user"))
@@ -79,28 +85,42 @@ def _agent() -> int:
         system.start_sshd(configuration)
         os.makedirs(RUN, exist_ok=True)
         ports = Ports(f"{RUN}/ports.sock", control.send)
-        _start_sessions()
+        sessions = Sessions()
         control.phase("ready")
-        control.serve(ports)
+        control.serve(ports, sessions)
     except system.Broken as error:
-        print(f"fcvm: {error}", flush=True)
+        linux.log(str(error))
         control.send({"type": "broken", "message": str(error)})
         control.drain()
     return 0
 
 
-def _start_sessions() -> None:
-    """Serve sessions in a process of their own, so that nothing they do can stop the control channel."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(SESSION_SOCKET)
-    listener.listen(1024)
-    if os.fork() == 0:
-        from fc_agent import machine_commands, session
+class Sessions:
+    """The session server: a process of its own, so that nothing it does can stop the control channel, and replaceable."""
 
-        # A command's life is bound to the host's process that asked for it: no grace.
-        session.serve(listener, launcher=machine_commands.Commands(), default_grace=0)
-        os._exit(1)
-    listener.close()
+    def __init__(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(SESSION_SOCKET)
+        self._listener.listen(1024)
+        self.start()
+
+    def start(self) -> None:
+        """Start it; ``ended`` becomes readable when it ends."""
+        pid = os.fork()
+        if pid == 0:
+            from fc_agent import machine_commands, session
+
+            # A command's life is bound to the host's process that asked for it: no grace.
+            session.serve(self._listener, launcher=machine_commands.Commands(), default_grace=0)
+            os._exit(1)
+        self.ended = os.pidfd_open(pid)
+
+    def restart(self) -> None:
+        """Start it again after its end."""
+        linux.log("the session server has ended; it starts again")
+        os.waitid(os.P_PIDFD, self.ended, os.WEXITED)
+        os.close(self.ended)
+        self.start()
 
 
 def oem_configuration() -> dict[str, Any]:
@@ -135,8 +155,7 @@ class Control:
         raise SystemExit(f"fcvm: no virtio-serial port {CONTROL_PORT}")
 
     def phase(self, name: str) -> None:
-        with open("/proc/uptime") as uptime:
-            self.send({"type": "phase", "name": name, "uptime": float(uptime.read().split()[0])})
+        self.send({"type": "phase", "name": name, "uptime": linux.uptime()})
 
     def send(self, message: dict[str, Any]) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
@@ -147,16 +166,20 @@ class Control:
         """Wait until the keeper has read everything: it answers ``broken`` with ``shutdown``."""
         os.read(self._fd, 4096)
 
-    def serve(self, ports: Ports) -> None:
+    def serve(self, ports: Ports, sessions: Sessions) -> None:
         """Carry out the keeper's messages until it asks for shutdown."""
-        import select
-
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
+        poll.register(sessions.ended, select.POLLIN)
         ports.register(poll)
         buffer = b""
         while True:
             for fd, _ in poll.poll():
+                if fd == sessions.ended:
+                    poll.unregister(fd)
+                    sessions.restart()
+                    poll.register(sessions.ended, select.POLLIN)
+                    continue
                 if fd != self._fd:
                     ports.ready(fd)
                     continue

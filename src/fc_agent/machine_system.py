@@ -1,4 +1,4 @@
-"""What the machine's PID 1 does to its operating system: mounts, modules, network, data disk, user, sshd, power off.
+"""What the machine's PID 1 does to its operating system: modules, network, data disk, user, sshd, power off.
 
 One function per thing, each raising ``Broken`` with one sentence when the machine cannot go on without it.
 """
@@ -14,12 +14,13 @@ import time
 from contextlib import suppress
 from typing import Any, NoReturn
 
-# <linux/mount.h>
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME, MS_REC, MS_SHARED = 1, 2, 4, 8, 1024, 1 << 14, 1 << 20
+from fc_agent import linux
+
+MS_NOATIME = 1024  # <linux/mount.h>
 MNT_DETACH = 2
 
-# <linux/sockios.h>, <linux/if.h>
-SIOCADDRT, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
+# <linux/sockios.h>, <linux/if.h>, <linux/route.h>
+SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
 IFF_UP, RTF_UP, RTF_GATEWAY = 1, 1, 2
 
 RB_POWER_OFF = 0x4321FEDC  # <linux/reboot.h>
@@ -35,80 +36,56 @@ class Broken(Exception):
     """The machine cannot start or go on, and why."""
 
 
-def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """mount(2), with the target made if it is missing. Raises OSError."""
-    if target != "/":
-        os.makedirs(target, exist_ok=True)
-    if _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode() or None):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+class Program:
+    """A program that was started; ``wait`` for its end before anything relies on what it does."""
+
+    def __init__(self, argv: tuple[str, ...]) -> None:
+        self._argv = argv
+        self._output, write = os.pipe()
+        with open(os.devnull) as null:
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((null.fileno(), write, write))]
+            self._pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+        os.close(write)
+
+    def wait(self) -> str:
+        """Wait for its end; returns what it printed. Raises Broken: it failed."""
+        with open(self._output, "rb") as pipe:
+            output = pipe.read().decode(errors="replace").strip()
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        if code != 0:
+            raise Broken(f"`{' '.join(self._argv)}` failed with exit code {code}: {output}")
+        return output
 
 
-def mounts() -> None:
-    """What an init system mounts; the initrd has mounted /, /dev, /proc, /sys and /run."""
-    plain = MS_NOSUID | MS_NODEV
-    mount("tmpfs", "/tmp", "tmpfs", plain, "mode=1777")
-    mount("tmpfs", "/dev/shm", "tmpfs", plain, "mode=1777")
-    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")
-    mount("mqueue", "/dev/mqueue", "mqueue", plain | MS_NOEXEC)
-    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", plain | MS_NOEXEC, "nsdelegate")
-    # cgroup v2: controllers can be handed down only by a group without processes of its own.
-    os.makedirs("/sys/fs/cgroup/init", exist_ok=True)
-    _write("/sys/fs/cgroup/init/cgroup.procs", "1")
-    with open("/sys/fs/cgroup/cgroup.controllers") as names:
-        for name in names.read().split():
-            with suppress(OSError):
-                _write("/sys/fs/cgroup/cgroup.subtree_control", f"+{name}")
-    mount("none", "/", "none", MS_REC | MS_SHARED)  # as systemd does; mounts in new namespaces follow
-    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
-        if not os.path.lexists(f"/dev/{name}"):
-            os.symlink(f"/proc/self/{target}", f"/dev/{name}")
+def start(*argv: str) -> Program:
+    """Start a program."""
+    return Program(argv)
 
 
 def run(*argv: str) -> str:
     """Run a program to its end; returns what it printed. Raises Broken: it failed."""
-    read, write = os.pipe()
-    with open(os.devnull) as null:
-        actions = [
-            (os.POSIX_SPAWN_DUP2, null.fileno(), 0),
-            (os.POSIX_SPAWN_DUP2, write, 1),
-            (os.POSIX_SPAWN_DUP2, write, 2),
-        ]
-        pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        output = pipe.read().decode(errors="replace").strip()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code != 0:
-        raise Broken(f"`{' '.join(argv)}` failed with exit code {code}: {output}")
-    return output
+    return start(*argv).wait()
 
 
 def network(configuration: dict[str, Any]) -> None:
-    """Bring up the loopback and eth0 with its fixed address on QEMU's user network, and name the host."""
+    """Bring up eth0 with its fixed address on QEMU's user network, and name the host."""
     socket.sethostname(configuration["hostname"])
     address = socket.inet_aton(configuration["address"])
     mask = struct.pack(">I", 0xFFFFFFFF << (32 - configuration["prefix"]) & 0xFFFFFFFF)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        _interface_up(control, "lo")
         _ioctl_address(control, SIOCSIFADDR, "eth0", address)
         _ioctl_address(control, SIOCSIFNETMASK, "eth0", mask)
-        _interface_up(control, "eth0")
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", b"eth0", IFF_UP))
         # struct rtentry of 64-bit Linux: destination, gateway and mask are struct sockaddr
         gateway = _sockaddr(socket.inet_aton(configuration["gateway"]))
         route = struct.pack("<Q16s16s16sH", 0, _sockaddr(bytes(4)), gateway, _sockaddr(bytes(4)), RTF_UP | RTF_GATEWAY)
         with suppress(FileExistsError):
             fcntl.ioctl(control, SIOCADDRT, route.ljust(120, b"\0"))
-    _write("/etc/resolv.conf", f"nameserver {configuration['dns']}\n")
-    _write("/etc/hosts", f"127.0.0.1 localhost {configuration['hostname']}\n::1 localhost\n")
-    _write("/proc/sys/net/ipv4/ip_forward", "1")
+    linux.write("/etc/resolv.conf", f"nameserver {configuration['dns']}\n")
+    linux.write("/etc/hosts", f"127.0.0.1 localhost {configuration['hostname']}\n::1 localhost\n")
+    linux.write("/proc/sys/net/ipv4/ip_forward", "1")
     # A published port arrives on eth0, whatever address its listener has; see machine_ports.py.
-    _write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
-
-
-def _interface_up(control: socket.socket, name: str) -> None:
-    request = struct.pack("16sH22x", name.encode(), 0)
-    flags = struct.unpack_from("<H", fcntl.ioctl(control, SIOCGIFFLAGS, request), 16)[0]
-    fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags | IFF_UP))
+    linux.write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
 
 
 def _ioctl_address(control: socket.socket, request: int, name: str, address: bytes) -> None:
@@ -141,7 +118,8 @@ def data_disk(device: str, target: str, user: dict[str, Any] | None) -> None:
     elif not main:
         run("mkfs.btrfs", "--quiet", "--force", "--metadata", "single", device)
     try:
-        mount(device, target, "btrfs", MS_NOATIME, "discard=async")
+        os.makedirs(target, exist_ok=True)
+        linux.mount(device, target, "btrfs", MS_NOATIME, "discard=async")
     except OSError as error:
         raise Broken(f"the data disk cannot be mounted: {error.strerror}") from error
     run("btrfs", "filesystem", "resize", "max", target)
@@ -156,7 +134,8 @@ def _btrfs_at(disk: int, offset: int) -> bool:
 def mount_host(tag: str, target: str) -> None:
     """Mount the host's root directory, shared by virtio-fs."""
     try:
-        mount(tag, target, "virtiofs", MS_NODEV | MS_NOSUID)
+        os.makedirs(target, exist_ok=True)
+        linux.mount(tag, target, "virtiofs", linux.MS_NODEV | linux.MS_NOSUID)
     except OSError as error:
         raise Broken(f"the host's files cannot be mounted: {error.strerror}") from error
 

@@ -38,7 +38,7 @@ def receive_code(target: str) -> None:
         with open(path, "wb") as file:
             file.write(sys.stdin.buffer.read(size))
         os.utime(path, ns=(modified, modified))
-    for directory, _, names in os.walk(older) if older else ():
+    for directory, _, names in os.walk(older):
         if directory.endswith("__pycache__"):
             new = temporary + directory[len(older) :]
             if os.path.isdir(os.path.dirname(new)):
@@ -51,11 +51,11 @@ def receive_code(target: str) -> None:
         os.system(f"rm -rf {temporary}")
 
 
-def previous(directory: str) -> str | None:
-    """The code directory that was made last."""
+def previous(directory: str) -> str:
+    """The code directory that was made last; empty if there is none."""
     os.makedirs(directory, exist_ok=True)
     found = [entry for entry in os.scandir(directory) if ".creating" not in entry.name and entry.is_dir()]
-    return max(found, key=lambda entry: entry.stat().st_ctime).path if found else None
+    return max(found, key=lambda entry: entry.stat().st_ctime).path if found else ""
 
 
 def copy_file(source: str, target: str) -> None:
