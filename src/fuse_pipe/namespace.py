@@ -1,5 +1,6 @@
 """Operations on names: lookup, creating, removing, renaming and linking."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -87,14 +88,12 @@ def link(volume: Volume, worker: Worker, old: int, name: bytes) -> bytes:
 
 
 def _keep_open(volume: Volume, parent: Node, name: bytes) -> None:
-    """Pin a node whose name goes away while another name of the same inode may stay."""
+    """Pin a node whose name goes away, if it may still be used: by another name, or as somebody's working directory."""
     node = parent.children.get(name)
-    if node is not None and node.fd is None and node.kind != stat.S_IFDIR:
-        try:
-            if volume.table.stat(node).st_nlink > 1:
-                volume.table.pin(node)
-        except OSError:
-            pass  # it is gone already: nothing to pin
+    if node is not None and node.fd is None:
+        with contextlib.suppress(OSError):  # it is gone already: nothing to pin
+            if node.kind == stat.S_IFDIR or volume.table.stat(node).st_nlink > 1:
+                volume.table.fd(node)
 
 
 def unlink(volume: Volume, worker: Worker, name: bytes) -> bytes:
@@ -113,6 +112,7 @@ def rmdir(volume: Volume, worker: Worker, name: bytes) -> bytes:
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
     with volume.change(worker):
+        _keep_open(volume, parent, name)
         os.rmdir(name, dir_fd=directory.n)
         volume.table.unnamed(parent, name)
     return b""

@@ -182,12 +182,6 @@ class NodeTable:
                     return info
         return os.fstat(self.fd(node).n)
 
-    def pin(self, node: Node) -> Fd:
-        """Hold a descriptor of the node before its last known name goes away."""
-        fd = self.fd(node)
-        node.fd = fd
-        return fd
-
     def _open(self, node: Node) -> Fd:
         way = [node]
         while way[-1].fd is None:

@@ -112,7 +112,7 @@ def test_header_of_this_host_agrees() -> None:
         if hasattr(m, name) and name not in ("FSYNC_FDATASYNC",):
             assert getattr(m, name) == 1 << int(bit), name
     for layout in LAYOUTS:
-        found = re.search(r"struct fuse_%s \{(.*?)\}" % layout.name, text, re.DOTALL)
+        found = re.search("struct fuse_" + layout.name + r" \{(.*?)\}", text, re.DOTALL)
         if found and "struct" not in found[1]:
             fields = re.findall(r"(\w+)(?:\[\w+\])?;", found[1])
             named = [field for field in fields if field not in ("unused", "spare", "open_flags", "padding", "backing_id")]
