@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -118,6 +119,17 @@ class Mount:
                 process.wait()
         while is_mounted(self.path):
             linux.umount(str(self.path), linux.MNT_DETACH)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that other users can reach, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="fuse_pipe-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        subprocess.run(["rm", "-rf", "--one-file-system", path], check=False)
 
 
 @contextlib.contextmanager

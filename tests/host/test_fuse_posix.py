@@ -23,16 +23,13 @@ Make = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module", params=["host", "mount"])
-def area(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    base = tmp_path_factory.mktemp("posix")
-    for parent in (base, *base.parents):  # other users must get there
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-    if request.param == "host":
-        yield base
-    else:
-        with fuse_support.mount(base) as mounted:
-            yield mounted.path
+def area(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with fuse_support.scratch() as base:
+        if request.param == "host":
+            yield base
+        else:
+            with fuse_support.mount(base) as mounted:
+                yield mounted.path
 
 
 @pytest.fixture
