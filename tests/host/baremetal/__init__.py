@@ -37,7 +37,7 @@ ABOVE_GAP = (4 << 30) // PAGE  # the first page above the hole for devices, wher
 PORT = 52
 
 ECHO, FILL, CHECK, BALLOON, COUNTER, ON_RESET, HALT, ZEROED = range(8)
-CONTINUE, STOP, STOP_AFTER_REQUEST = range(3)
+CONTINUE, STOP, STOP_AFTER_REQUEST, ACT_AGENT = range(4)
 
 
 def firecracker() -> Path:
@@ -154,7 +154,7 @@ class Guest:
         assert self.call(BALLOON, first=first, count=count) == count
 
     def on_reset(self, what: int) -> None:
-        """Set what the guest does once a snapshot was taken or loaded: CONTINUE, STOP, STOP_AFTER_REQUEST."""
+        """Set what the guest does once a snapshot was taken or loaded: CONTINUE, STOP, STOP_AFTER_REQUEST, ACT_AGENT."""
         self.call(ON_RESET, argument=what)
 
     def close(self) -> None:

@@ -5,8 +5,12 @@
  * host tells it by virtio-vsock (port 52) what to do with its memory: fill pages with a pattern, check them, give them
  * to the balloon. So every page of a restored clone can be verified, and a clone can be asked whether it lives.
  *
- * A request is eight little-endian u64 (struct request), its answer one u64. Connections are served one request at a
- * time, any number one after the other. Serial console: "BOOT", "READY", then "R" after a snapshot was taken or loaded.
+ * A request is eight little-endian u64 (struct request), its answer one u64. Serial console: "BOOT", "READY", then "R"
+ * after a snapshot was taken or loaded.
+ *
+ * It can also act the guest agent of a restored VM, as far as a supervisor and a client of `exec` can tell: it connects
+ * to port 4999, says hello, takes the new identity and ends when it is told to; on port 4998 every command prints
+ * "ready" and ends with 0. The messages are those of docs/architecture.md.
  *
  * Virtio over MMIO: OASIS VIRTIO 1.2, section 4.2; vsock 5.10; balloon 5.5. Firecracker puts the devices at 4 KiB
  * steps from the start of the gap below 4 GiB. Everything is polled: no interrupts, so that no controller needs to work.
@@ -30,7 +34,7 @@ struct request {
     u64 argument;   /* ECHO: the answer; ON_RESET: enum on_reset */
 };
 
-enum on_reset { CONTINUE, STOP, STOP_AFTER_REQUEST };
+enum on_reset { CONTINUE, STOP, STOP_AFTER_REQUEST, ACT_AGENT };
 
 static u64 on_reset = CONTINUE;
 static u64 counter; /* requests served since the boot: survives in a clone */
@@ -227,6 +231,11 @@ static u64 give(u64 first, u64 count)
 /* ---- vsock ----------------------------------------------------------------------------------------------------- */
 
 #define PORT 52
+#define CONTROL 4999 /* of the host */
+#define SESSIONS 4998
+#define OWN 1024 /* where our connection to CONTROL comes from */
+#define HOST 2   /* context identifier */
+#define GUEST 3
 #define BUFFER 4608
 
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
@@ -243,8 +252,36 @@ static struct queue receive, transmit, events;
 static u8 received[SIZE][BUFFER] __attribute__((aligned(4096)));
 static u8 sent[SIZE][BUFFER] __attribute__((aligned(4096)));
 static u64 event[SIZE];
-static u32 forwarded;
 static u16 slot;
+
+/* What the host may send us on a connection depends on how much we say that we have taken (5.10.6.3). */
+static struct connection { u32 peer, port, taken; } connections[64];
+
+static struct connection *find(struct header *in)
+{
+    for (u64 i = 0; i < 64; i++)
+        if (connections[i].peer == in->from_port && connections[i].port == in->to_port)
+            return &connections[i];
+    return 0;
+}
+
+static void forget(struct header *in)
+{
+    struct connection *c = find(in);
+    if (c)
+        c->peer = c->port = 0;
+}
+
+static struct connection *remember(struct header *in)
+{
+    forget(in);
+    for (u64 i = 0; i < 64; i++)
+        if (!connections[i].peer) {
+            connections[i] = (struct connection){in->from_port, in->to_port, 0};
+            return &connections[i];
+        }
+    return 0;
+}
 
 static void start_vsock(void)
 {
@@ -275,9 +312,10 @@ static void send(struct header *to, u16 op, const void *data, u32 length)
     while ((u16)(transmit.available.index - transmit.used.index) >= SIZE)
         __asm__ volatile("pause");
     struct header *out = (struct header *)sent[slot];
+    struct connection *c = find(to);
     *out = (struct header){
-        .from_cid = to->to_cid, .to_cid = to->from_cid, .from_port = to->to_port, .to_port = to->from_port,
-        .length = length, .type = 1, .op = op, .buffer = 65536, .forwarded = forwarded,
+        .from_cid = GUEST, .to_cid = HOST, .from_port = to->to_port, .to_port = to->from_port,
+        .length = length, .type = 1, .op = op, .buffer = 65536, .forwarded = c ? c->taken : 0,
     };
     for (u32 i = 0; i < length; i++)
         sent[slot][sizeof *out + i] = ((const u8 *)data)[i];
@@ -322,28 +360,139 @@ static u64 perform(struct request *r)
     }
 }
 
-/* One packet from the host; a request always comes in one piece. */
+/* ---- acting the agent ------------------------------------------------------------------------------------------ */
+
+static struct header control = {.from_port = CONTROL, .to_port = OWN};
+static struct header main_session; /* the container's own: who carries its output */
+
+static u32 length_of(const char *text)
+{
+    u32 n = 0;
+    while (text[n])
+        n++;
+    return n;
+}
+
+static int contains(const u8 *data, u32 length, const char *word)
+{
+    u32 n = length_of(word);
+    for (u32 i = 0; i + n <= length; i++) {
+        u32 k = 0;
+        while (k < n && data[i + k] == (u8)word[k])
+            k++;
+        if (k == n)
+            return 1;
+    }
+    return 0;
+}
+
+static void say(struct header *to, const char *line)
+{
+    send(to, RW, line, length_of(line));
+}
+
+static void frame(struct header *to, u8 type, const char *payload)
+{
+    u8 data[256];
+    u32 n = length_of(payload);
+    data[0] = type;
+    data[1] = data[2] = data[3] = 0;
+    data[4] = n;
+    for (u32 i = 0; i < n; i++)
+        data[5 + i] = payload[i];
+    send(to, RW, data, 5 + n);
+}
+
+static void on_control(const u8 *data, u32 length)
+{
+    if (contains(data, length, "\"restored\""))
+        say(&control, "{\"type\":\"ready\"}\n");
+    if (contains(data, length, "\"stop\"")) {
+        say(&control, "{\"type\":\"exit\",\"code\":143,\"oom\":false}\n");
+        if (main_session.to_port)
+            frame(&main_session, 8, "{\"code\":143}");
+    }
+}
+
+static void on_session(struct header *in, const u8 *data, u32 length)
+{
+    if (contains(data, length, "\"resume\"")) {
+        main_session = *in;
+        say(in, "{\"session\":\"main\",\"received\":0,\"from\":0}\n");
+        frame(in, 5, "hello from the container\n");
+    } else if (contains(data, length, "\"open\"")) {
+        say(in, "{\"session\":\"1\",\"received\":0}\n");
+        frame(in, 7, "{\"pid\":1}");
+        frame(in, 5, "ready\n");
+        frame(in, 8, "{\"code\":0}");
+    } /* else: acknowledgements */
+}
+
+/* ---- packets from the host ------------------------------------------------------------------------------------- */
+
+/* One packet; a request always comes in one piece. */
 static void handle(struct header *in)
 {
-    struct request *request = (struct request *)(in + 1);
+    u8 *data = (u8 *)(in + 1);
+    struct connection *c = find(in);
     switch (in->op) {
     case REQUEST:
-        forwarded = 0;
-        send(in, in->to_port == PORT ? RESPONSE : RST, 0, 0);
+        if (in->to_port == PORT || in->to_port == SESSIONS) {
+            remember(in);
+            send(in, RESPONSE, 0, 0);
+        } else
+            send(in, RST, 0, 0);
         break;
-    case RW: {
-        forwarded += in->length;
-        u64 op = request->op, answer = perform(request);
-        send(in, RW, &answer, sizeof answer);
-        if (op == HALT || on_reset == STOP_AFTER_REQUEST + 1)
-            halt();
+    case RESPONSE:
+        say(&control, "{\"type\":\"hello\",\"protocol\":1,\"agent\":\"0\",\"state\":{\"phase\":\"running\"}}\n");
         break;
-    }
+    case RW:
+        if (c)
+            c->taken += in->length;
+        if (in->to_port == OWN)
+            on_control(data, in->length);
+        else if (in->to_port == SESSIONS)
+            on_session(in, data, in->length);
+        else {
+            struct request request = *(struct request *)data;
+            u64 answer = perform(&request);
+            send(in, RW, &answer, sizeof answer);
+            if (request.op == HALT || on_reset == STOP_AFTER_REQUEST + 16)
+                halt();
+        }
+        break;
+    case RST:
+        if (in->to_port == OWN) /* nobody listens yet */
+            send(&control, REQUEST, 0, 0);
+        forget(in);
+        break;
     case SHUTDOWN:
         send(in, RST, 0, 0);
+        forget(in);
         break;
     case CREDIT_REQUEST:
         send(in, CREDIT_UPDATE, 0, 0);
+        break;
+    }
+}
+
+/* The transport was reset: all connections are gone. It happens at a snapshot, and after its loading. */
+static void reset(void)
+{
+    print("R\n");
+    for (u64 i = 0; i < 64; i++)
+        connections[i].peer = connections[i].port = 0;
+    main_session.to_port = 0;
+    switch (on_reset) {
+    case STOP:
+        halt();
+        break;
+    case STOP_AFTER_REQUEST:
+        on_reset += 16; /* from now on */
+        break;
+    case ACT_AGENT:
+        remember(&control);
+        send(&control, REQUEST, 0, 0);
         break;
     }
 }
@@ -358,14 +507,10 @@ __attribute__((used)) static void run(void)
     for (;;) {
         __asm__ volatile("pause");
         int id = take(&events);
-        if (id >= 0) { /* the only event there is: transport reset, at a snapshot and after its loading */
+        if (id >= 0) { /* the only event there is: transport reset */
             offer(&events, id);
             notify(vsock, 2);
-            print("R\n");
-            if (on_reset == STOP)
-                halt();
-            if (on_reset == STOP_AFTER_REQUEST)
-                on_reset = STOP_AFTER_REQUEST + 1;
+            reset();
         }
         id = take(&receive);
         if (id >= 0) {
