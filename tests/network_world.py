@@ -86,14 +86,19 @@ class Place:
     def ask_udp(self, ip: str, port: int, data: bytes = b"hello", *, attempts: int = 5) -> bytes:
         with self.make_socket(socket.SOCK_DGRAM, socket.AF_INET6 if ":" in ip else socket.AF_INET) as sock:
             sock.connect((ip, port))
-            for attempt in range(attempts):
-                sock.settimeout(TIMEOUT / attempts)
-                sock.send(data)
-                try:
-                    return sock.recv(1 << 16)
-                except (TimeoutError, ConnectionRefusedError):
-                    if attempt == attempts - 1:
-                        raise
+            return self.exchange(sock, data, attempts)
+
+    @staticmethod
+    def exchange(sock: socket.socket, data: bytes, attempts: int = 5) -> bytes:
+        """Send a datagram until an answer comes: some may be lost while a link comes up."""
+        for attempt in range(attempts):
+            sock.settimeout(TIMEOUT / attempts)
+            sock.send(data)
+            try:
+                return sock.recv(1 << 16)
+            except (TimeoutError, ConnectionRefusedError):
+                if attempt == attempts - 1:
+                    raise
         raise AssertionError
 
     def reachable(self, ip: str, port: int, wait: float = 1.0) -> bool:
@@ -279,7 +284,10 @@ class World:
         """A network made on the host (in its thread, which lives as long as the world)."""
         directory = self.directory / vm_id
         directory.mkdir(exist_ok=True)
-        network = self.host.run(lambda: attach.create(spec, vm_id, directory))
+        return self.keep(self.host.run(lambda: attach.create(spec, vm_id, directory)))
+
+    def keep(self, network: Network) -> Network:
+        """Close it with the world."""
         self._undo.callback(self.host.run, network.close)
         return network
 

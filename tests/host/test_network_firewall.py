@@ -242,10 +242,8 @@ def test_a_udp_client_that_goes_on_through_a_restart(world: World) -> None:
             network = world.network(spec.parse("bridged", ["5353:53/udp"]), vm_id)
             guest = world.guest(network)
             server = world.server(guest, vm_id, "0.0.0.0", 53, kind=socket.SOCK_DGRAM)
-            client.send(b"hello")
-            assert client.recv(100).startswith(vm_id.encode())
+            assert world.lan.exchange(client, b"hello").startswith(vm_id.encode())
             server.close()
             world.host.run(network.close)
-            client.send(b"nobody")  # nobody is there
-            with pytest.raises(OSError, match="refused"):
-                client.recv(100)
+            with pytest.raises(OSError, match="refused"):  # at once: nobody is there
+                world.lan.exchange(client, b"nobody", attempts=1)

@@ -175,7 +175,6 @@ STEPS: list[tuple[str, Any, str]] = [
     ("bridged", host, "enable_forwarding"),
     ("bridged", firewall, "open_up"),
     ("bridged", bridged, "_load"),
-    ("bridged", inner, "admit"),
     ("bridged", relay, "start"),
     ("bridged", attach, "_serve"),
     ("bridged", attach.Loop, "start"),

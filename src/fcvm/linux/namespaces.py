@@ -10,6 +10,7 @@ is done in a forked child, which sends back the fds that it opened.
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import socket
@@ -151,6 +152,7 @@ def _in_child(function: Callable[[], list[int]]) -> list[int]:
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
         if child == 0:
+            gc.disable()  # a collection would copy every page that holds an object
             try:
                 _report(theirs, function)
             finally:

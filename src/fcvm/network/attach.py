@@ -40,7 +40,8 @@ class Backend(Protocol):
     def interface(self) -> str | None: ...
     @property
     def watch(self) -> tuple[tuple[int, str], ...]: ...
-    def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None: ...
+    def open(self, published: Sequence[Publish]) -> None: ...
+    def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None: ...
 
 
 class Network:
@@ -56,7 +57,7 @@ class Network:
     tap = guest.TAP
     mac = guest.MAC
 
-    def __init__(self, spec: NetworkSpec, backend: Backend, loop: Loop) -> None:
+    def __init__(self, spec: NetworkSpec, backend: Backend, loop: Loop, published: Sequence[Publish]) -> None:
         self.spec = spec
         self.watch = backend.watch
         settings = resolver.read()
@@ -65,7 +66,7 @@ class Network:
         )
         self._backend = backend
         self._loop = loop
-        self._published: list[Publish] = []
+        self._published = list(published)
         self._undo = ExitStack()
 
     def __enter__(self) -> "Network":
@@ -93,9 +94,10 @@ class Network:
             reservations = ports.reserve(wanted)
             for reservation in reservations:
                 undo.callback(reservation.close)
-            self._backend.publish(reservations, self._loop)
+            published = tuple(reservation.publish for reservation in reservations)
+            self._backend.open(published)
+            self._backend.serve(reservations, self._loop)
             undo.pop_all()
-        published = tuple(reservation.publish for reservation in reservations)
         self._published += published
         return published
 
@@ -133,8 +135,6 @@ def create(spec: NetworkSpec, vm_id: str, directory: Path) -> Network:
         vm_id: names the host's nftables table.
         directory: where a helper's socket may lie, the VM's own.
 
-    Helpers are bound to the calling *thread*: it must live as long as the network.
-
     Raises:
         ConflictError, HostError, NetworkError: it cannot be had; nothing is left behind.
     """
@@ -142,13 +142,13 @@ def create(spec: NetworkSpec, vm_id: str, directory: Path) -> Network:
         early = ports.reserve(spec.publish)
         for reservation in early:
             undo.callback(reservation.close)
-        backend = undo.enter_context(_backend(spec, vm_id, directory))
+        published = [reservation.publish for reservation in early]
+        backend = undo.enter_context(_backend(spec, vm_id, directory, published))
         loop = Loop()
         undo.callback(loop.close)
-        network = Network(spec, backend, loop)
+        network = Network(spec, backend, loop, published)
         _serve(loop, spec, backend)
-        backend.publish(early, loop)
-        network._published += [reservation.publish for reservation in early]
+        backend.serve(early, loop)
         if spec.mode != "none":
             loop.start()
         network._undo = undo.pop_all()
@@ -156,12 +156,12 @@ def create(spec: NetworkSpec, vm_id: str, directory: Path) -> Network:
 
 
 @contextmanager
-def _backend(spec: NetworkSpec, vm_id: str, directory: Path) -> Iterator[Backend]:
+def _backend(spec: NetworkSpec, vm_id: str, directory: Path, published: Sequence[Publish]) -> Iterator[Backend]:
     # a mode is imported when it is used: a VM starts in milliseconds
     if spec.mode == "bridged":
         from fcvm.network.bridged import bridged
 
-        with bridged(spec, vm_id) as backend:
+        with bridged(spec, vm_id, published) as backend:
             yield backend
     elif spec.mode == "rootless":
         from fcvm.network.rootless import rootless

@@ -26,6 +26,7 @@ from fcvm.network import firewall, guest, host, inner, relay
 from fcvm.network.inner import Uplink
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
+from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import PREFIX, Subnet, candidates
 
@@ -61,26 +62,23 @@ class Bridged:
         """The host's interface towards the VM."""
         return self.subnet.interface
 
-    def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None:
-        """Let ports of the host lead to the guest, all at once."""
-        published = [reservation.publish for reservation in reservations]
-        if not published:
-            return
-        public = [p for p in published if not (p.host_ip and ip_address(p.host_ip).is_loopback)]
+    def open(self, published: Sequence[Publish]) -> None:
+        """Let more ports of the host lead to the guest."""
+        public = _public(published)
         if public:
             namespaces.inside(self.namespace, lambda: inner.admit(public))
         batch = nft.Batch()
-        for chain in ("prerouting", "output"):
-            for publish in published:
-                if ":" not in publish.host_ip:
-                    everywhere = publish.host_ip in ("", "0.0.0.0")
-                    to = nft.to_this_host() if everywhere else nft.daddr(ip_address(publish.host_ip))
-                    port = nft.dport(publish.protocol, publish.host_port)
-                    dnat = nft.dnat(self.subnet.inner.ip, publish.guest_port)
-                    batch.rule(self.table, chain, nft.nfproto(nft.IPV4), to, port, dnat)
+        _translate(batch, self.table, self.subnet, published)
         batch.commit(self.owner)
+        self.opened(published)
+
+    def opened(self, published: Sequence[Publish]) -> None:
+        """Note what has been opened, and have packets of connections from before go there as well."""
         self.udp.update(publish.host_port for publish in published if publish.protocol == "udp")
         self.forget()
+
+    def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
+        """Relay what arrives at the sockets that hold the ports: what the kernel does not translate, such as IPv6."""
         for reservation in reservations:
             target = relay.target(self.host_ip, reservation.publish.guest_port)
             for sock in reservation.sockets:
@@ -96,8 +94,12 @@ class Bridged:
 
 
 @contextmanager
-def bridged(spec: NetworkSpec, vm_id: str) -> Iterator[Bridged]:
+def bridged(spec: NetworkSpec, vm_id: str, published: Sequence[Publish]) -> Iterator[Bridged]:
     """A bridged network, until the block is left.
+
+    Arguments:
+        vm_id: names the host's table.
+        published: the ports to open from the start, with the free ones decided.
 
     Raises:
         NetworkError: this is not root, or the kernel or a firewall refuses; nothing is left behind.
@@ -106,14 +108,14 @@ def bridged(spec: NetworkSpec, vm_id: str) -> Iterator[Bridged]:
         raise NetworkError("Bridged networking needs root.", hint="sudo fcvm ..., or --network rootless")
     with ExitStack() as undo:
         try:
-            yield _set_up(spec, vm_id, undo)
+            yield _set_up(spec, vm_id, published, undo)
         except NetlinkError as error:
             raise NetworkError(
                 f"The VM's network could not be set up: {error.strerror}.", hint="fcvm doctor"
             ) from error
 
 
-def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
+def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: ExitStack) -> Bridged:
     route = undo.enter_context(rtnetlink.open_socket())
     outside = namespaces.current()
     undo.callback(os.close, outside)
@@ -128,7 +130,7 @@ def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
             chosen.append(_connect(own, outside, candidates(route, vm_id), mtu))
         uplink = _uplink(chosen[0], mtu, ipv6=way_out6 is not None)
         inner.configure(uplink)
-        inner.translate(uplink, spec.forward_localhost)
+        inner.translate(uplink, spec.forward_localhost, _public(published))
         return inner.listen(spec.forward_localhost)
 
     namespace, fds = namespaces.create(furnish, user=False)
@@ -163,7 +165,8 @@ def _set_up(spec: NetworkSpec, vm_id: str, undo: ExitStack) -> Bridged:
     )
     undo.callback(up.forget)  # once the table is gone
     undo.enter_context(owner)
-    _load(owner, table, subnet, ipv6=ipv6)
+    _load(owner, table, subnet, published, ipv6=ipv6)
+    up.opened(published)
     return up
 
 
@@ -191,7 +194,7 @@ def _connect(own: netlink.Socket, outside: int, subnets: Iterator[Subnet], mtu: 
     raise AssertionError
 
 
-def _load(owner: netlink.Socket, table: str, subnet: Subnet, *, ipv6: bool) -> None:
+def _load(owner: netlink.Socket, table: str, subnet: Subnet, published: Sequence[Publish], *, ipv6: bool) -> None:
     """The host's side of the translation, in one transaction."""
     batch = nft.Batch()
     batch.table(table, owner=True)
@@ -207,6 +210,7 @@ def _load(owner: netlink.Socket, table: str, subnet: Subnet, *, ipv6: bool) -> N
     # from localhost, and from the guest back to itself through a published port
     batch.rule(table, "postrouting", to_this, nft.saddr(LOOPBACK), nft.masquerade())
     batch.rule(table, "postrouting", to_this, nft.saddr(subnet.inner.ip), nft.masquerade())
+    _translate(batch, table, subnet, published)
     try:
         batch.commit(owner)
     except NetlinkError as error:
@@ -218,3 +222,20 @@ def _load(owner: netlink.Socket, table: str, subnet: Subnet, *, ipv6: bool) -> N
         if error.errno == errno.EEXIST:
             raise NetworkError(f"There is a table {table} in this host's nftables already.", hint="fcvm ls") from error
         raise
+
+
+def _translate(batch: nft.Batch, table: str, subnet: Subnet, published: Sequence[Publish]) -> None:
+    """Rules that send ports of the host to the namespace: for what arrives, and for what the host itself sends."""
+    for publish in published:
+        if ":" in publish.host_ip:
+            continue
+        everywhere = publish.host_ip in ("", "0.0.0.0")
+        to = nft.nfproto(nft.IPV4) + nft.to_this_host() if everywhere else nft.daddr(ip_address(publish.host_ip))
+        port = nft.dport(publish.protocol, publish.host_port)
+        for chain in ("prerouting", "output"):
+            batch.rule(table, chain, to, port, nft.dnat(subnet.inner.ip, publish.guest_port))
+
+
+def _public(published: Sequence[Publish]) -> list[Publish]:
+    """Those that others than the host itself may reach."""
+    return [publish for publish in published if not (publish.host_ip and ip_address(publish.host_ip).is_loopback)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
 from pathlib import Path
 
-from fcvm.linux import nft, rtnetlink
+from fcvm.linux import netlink, nft, rtnetlink
 from fcvm.linux.netlink import Message
 from fcvm.linux.rtnetlink import DEVCONF_FORWARDING
 from fcvm.network import guest
@@ -67,20 +67,30 @@ def configure(uplink: Uplink) -> None:
         rtnetlink.address(up, uplink.address),
         rtnetlink.default_route(uplink.gateway, up),
     ]
-    if uplink.address6 and uplink.gateway6:
-        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
-        messages += [
-            rtnetlink.address(tap, guest.GATEWAY6),
-            rtnetlink.neighbour(tap, guest.ADDRESS6.ip, guest.MAC),
-            rtnetlink.address(up, uplink.address6),
-            rtnetlink.default_route(uplink.gateway6.ip, up),
-        ]
     with rtnetlink.open_socket() as route:
         route.request(messages)
+        _configure6(route, uplink, tap, up)
 
 
-def translate(uplink: Uplink, forwarded: Iterable[Port]) -> None:
+def _configure6(route: netlink.Socket, uplink: Uplink, tap: int, up: int) -> None:
+    """The same for IPv6. Without an uplink for it the guest is told at once that there is no route; it need not wait."""
+    try:
+        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+        route.request([rtnetlink.address(tap, guest.GATEWAY6), rtnetlink.neighbour(tap, guest.ADDRESS6.ip, guest.MAC)])
+    except OSError:
+        if uplink.address6 is None:  # a kernel without IPv6
+            return
+        raise
+    if uplink.address6 and uplink.gateway6:
+        route.request([rtnetlink.address(up, uplink.address6), rtnetlink.default_route(uplink.gateway6.ip, up)])
+
+
+def translate(uplink: Uplink, forwarded: Iterable[Port], published: Iterable[Publish] = ()) -> None:
     """Load the namespace's table. In the namespace.
+
+    Arguments:
+        forwarded: ports of the gateway's address that relays of ours listen on.
+        published: ports of the guest that everybody may reach, not only ``uplink.trusted``.
 
     Raises:
         NetlinkError: the kernel refused something.
@@ -98,6 +108,7 @@ def translate(uplink: Uplink, forwarded: Iterable[Port]) -> None:
     if uplink.host is not None:
         for protocol in nft.PROTOCOLS:
             batch.rule(TABLE, "prerouting", *from_guest, nft.l4proto(protocol), nft.dnat(uplink.host))
+    _admit(batch, published)
     batch.chain(TABLE, "postrouting", type="nat", hook=nft.POSTROUTING, priority=nft.SRCNAT)
     batch.rule(TABLE, "postrouting", nft.oifname(UPLINK), nft.nfproto(nft.IPV4), nft.snat(uplink.address.ip))
     if uplink.address6:
@@ -116,14 +127,18 @@ def translate(uplink: Uplink, forwarded: Iterable[Port]) -> None:
 
 
 def admit(published: Iterable[Publish]) -> list[int]:
-    """Let everybody, not only the host itself, reach these ports of the guest; opens no fd. In the namespace."""
+    """Let everybody reach more ports of the guest; opens no fd. In the namespace."""
     batch = nft.Batch()
-    for publish in published:
-        match = nft.dport(publish.protocol, publish.guest_port)
-        batch.rule(TABLE, "prerouting", nft.iifname(UPLINK), nft.nfproto(nft.IPV4), match, nft.dnat(guest.ADDRESS.ip))
+    _admit(batch, published)
     with nft.open_socket() as sock:
         batch.commit(sock)
     return []
+
+
+def _admit(batch: nft.Batch, published: Iterable[Publish]) -> None:
+    for publish in published:
+        match = nft.nfproto(nft.IPV4) + nft.dport(publish.protocol, publish.guest_port)
+        batch.rule(TABLE, "prerouting", nft.iifname(UPLINK), match, nft.dnat(guest.ADDRESS.ip))
 
 
 def listen(forwarded: Sequence[Port]) -> list[int]:

@@ -11,6 +11,7 @@ from fcvm.linux.namespaces import Namespace
 from fcvm.network import guest
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
+from fcvm.network.publish import Publish
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,12 @@ class Isolated:
     interface: str | None = None
     watch: tuple[tuple[int, str], ...] = ()
 
-    def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None:
-        """There is nothing to publish: ``spec.parse`` has refused it."""
+    def open(self, published: Sequence[Publish]) -> None:
+        """There is nothing to publish: ``spec.parse`` refuses it."""
+        assert not published
+
+    def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
+        """There is nothing to serve."""
         assert not reservations
 
 

@@ -52,7 +52,10 @@ class Rootless:
         """slirp4netns: without it the VM is cut off."""
         return ((self.slirp.pidfd, slirps.DIED),)
 
-    def publish(self, reservations: Sequence[Reservation], loop: Loop) -> None:
+    def open(self, published: Sequence[Publish]) -> None:
+        """The namespace lets in what slirp4netns brings; ``serve`` does the rest."""
+
+    def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
         """Let ports of the host lead to the guest.
 
         TCP by slirp4netns, which shows the guest who connects, and IPv6 by a relay to slirp4netns; UDP by a relay.

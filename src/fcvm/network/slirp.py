@@ -1,7 +1,7 @@
 """slirp4netns: a TCP/IP stack in user space that gives a namespace the host's network without any rights.
 
-Its life is bound twice: to the thread that started it (PR_SET_PDEATHSIG, lost when its sandbox changes credentials) and to
-a pipe of ours (``--exit-fd``), which the kernel closes with us.
+Its life is bound to a pipe of ours (``--exit-fd``), which the kernel closes with us. PR_SET_PDEATHSIG would bind it to the
+thread that started it, and is lost when its sandbox changes credentials.
 """
 
 import json
@@ -116,6 +116,7 @@ def slirp(namespace: Namespace, tap: str, network: IPv4Network, directory: Path,
                 [*command, f"/proc/self/fd/{namespace.net}", tap],
                 cwd=directory,
                 stderr=complaints,
+                bound=False,
                 pass_fds=(ready_write, exit_read, namespace.user, namespace.net),
                 setup=None if root else partial(namespaces.setns, namespace.user, namespaces.CLONE_NEWUSER),
             )
