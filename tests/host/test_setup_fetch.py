@@ -123,6 +123,8 @@ def base(tmp_path: Path) -> Path:
     tools = base / "guest" / image.id / "tools"
     tools.mkdir()
     shutil.copy(BUSYBOX, tools / "busybox")
+    (tools / "ld.so").write_text(f'#!/bin/sh\nshift 3\nunset PYTHONHOME\nexec {sys.executable} "$@"\n')
+    (tools / "ld.so").chmod(0o755)
     index.image_pointer(settings, base).write_text(index.to_json(image))
     own = tmp_path / "firecracker"
     own.write_text("#!/bin/sh\necho Firecracker v1.12.1\n")

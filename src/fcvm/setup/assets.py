@@ -53,7 +53,7 @@ class Assets:
         return json.dumps({name: str(value) for name, value in asdict(self).items()})
 
     def tool(self, name: str) -> list[str]:
-        """The start of a command line that runs a program of the image, with the image's libraries, on the host."""
+        """The start of a command line that runs a program of ``tools`` on the host, with the image's libraries."""
         return [str(self.tools / "ld.so"), "--library-path", str(self.tools), str(self.tools / name)]
 
     @classmethod

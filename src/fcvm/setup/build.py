@@ -7,11 +7,13 @@ from pathlib import Path
 from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.linux import files
-from fcvm.setup import assets, firecracker, guest, index, initrd, kata, storage, workspace
+from fcvm.setup import assets, bytecode, firecracker, guest, index, initrd, kata, storage, workspace
 from fcvm.setup.assets import Assets
 from fcvm.setup.index import Image
 from fcvm.setup.progress import Progress
 from fcvm.storage.layout import Layout
+
+AGENT = "/run/fcvm/fc_agent.pyz"  # where init.sh puts it
 
 
 def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = False) -> Assets:
@@ -61,11 +63,12 @@ def ensure_initrd(
             return
         agent = work / "fc_agent.pyz"
         pack(agent)
+        tools = base / "guest" / image.id / "tools"
+        bytecode.precompile(agent, AGENT, tools, work)
         built = work / "initrd"
         built.mkdir()
         directory = modules / image.kernel_version if modules is not None else None
-        busybox = base / "guest" / image.id / "tools/busybox"
-        initrd.build(built / "initrd.img", busybox=busybox, agent=agent, module_directory=directory)
+        initrd.build(built / "initrd.img", busybox=tools / "busybox", agent=agent, module_directory=directory)
         size = (built / "initrd.img").stat().st_size
         step.update(size, size)
         layout.initrd.mkdir(exist_ok=True)

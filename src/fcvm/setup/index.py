@@ -26,7 +26,7 @@ KATA_VERSION = "3.32.0"
 KATA_URL = "https://github.com/kata-containers/kata-containers/releases/download/{version}/kata-static-{version}-{arch}.tar.zst"
 KATA_SHA256 = {"amd64": "1449ecea50bd91fa73a94648db195d18950fe869ba4b1f12d05f55f1fa7c1b01"}
 
-INITRD_RECIPE = 1  # raise it when the same inputs shall give another initrd
+INITRD_RECIPE = 2  # raise it when the same inputs shall give another initrd
 
 # Loaded in this order. What only some VMs need (tun, bridge, nftables, KVM, btrfs) is loaded on demand.
 INITRD_MODULES = (

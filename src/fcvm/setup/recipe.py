@@ -6,7 +6,7 @@ is needed to run microVMs. Everything here goes into the image's key: change it,
 
 import shlex
 
-VERSION = 1  # raise it when the same inputs shall give another image
+VERSION = 2  # raise it when the same inputs shall give another image
 
 PACKAGES = (
     "aardvark-dns",
@@ -30,7 +30,6 @@ PACKAGES = (
     "skopeo",
     "slirp4netns",
     "uidmap",
-    "virtiofsd",
     "zstd",
 )
 
@@ -75,8 +74,24 @@ additionalimagestores = ["/images"]
     "etc/containers/policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}\n',
 }
 
-# Programs that the host takes out of the image, with their libraries and loader, for hosts that do not package them.
-TOOLS = {"mkfs.erofs": "/usr/bin/mkfs.erofs", "virtiofsd": "/usr/libexec/virtiofsd"}
+# Programs that the host takes out of the image, with their libraries and loader: the host's own may be too old
+# (mkfs.erofs) or of another version than the guest's (python3).
+TOOLS = ("/usr/bin/mkfs.erofs", "/usr/bin/python3")
+
+# Directories of kernel modules for hardware that no VM of ours has.
+NO_MODULES = """
+drivers/ata drivers/cdrom drivers/comedi drivers/cxl drivers/hid drivers/hv drivers/hwtracing drivers/infiniband drivers/input
+drivers/leds drivers/media drivers/mfd drivers/net/ethernet drivers/net/hyperv drivers/net/vmxnet3 drivers/net/wwan
+drivers/nvdimm drivers/nvme drivers/platform drivers/power drivers/powercap drivers/scsi drivers/soundwire drivers/target
+drivers/tee drivers/thermal drivers/video drivers/watchdog drivers/xen sound
+"""
+
+# Directories of modules that are stored uncompressed: unpacking them costs more than reading, under emulation seconds.
+PLAIN_MODULES = """
+arch crypto drivers/block drivers/char drivers/crypto drivers/firmware drivers/net drivers/ptp drivers/vhost drivers/virtio
+fs/btrfs fs/erofs fs/overlayfs lib net/802 net/8021q net/bridge net/core net/ipv4 net/ipv6 net/llc net/netfilter net/packet
+net/vmw_vsock virt
+"""
 
 KERNEL_PACKAGE = "linux-image-cloud-{arch}"
 
@@ -100,6 +115,13 @@ rm "$package"_*.deb
 version=$(ls kernel/usr/lib/modules)
 mkdir -p "$root/usr/lib/modules"
 mv "kernel/usr/lib/modules/$version" "$root/usr/lib/modules/"
+(
+    cd "$root/usr/lib/modules/$version/kernel"
+    rm -rf {no_modules}
+    find {plain_modules} -name '*.ko.xz' -print 2>/dev/null | sed "s|^|/usr/lib/modules/$version/kernel/|" >"$out/plain" || true
+)
+xargs chroot "$root" busybox unxz <plain
+rm plain
 chroot "$root" depmod "$version"
 mv "kernel/boot/vmlinuz-$version" vmlinuz
 mv "kernel/boot/config-$version" config
@@ -113,6 +135,9 @@ for tool in {tools}; do
     done
 done
 cp -L "$root/bin/busybox" tools/
+library=$(chroot "$root" python3 -c 'import encodings, os; print(os.path.dirname(encodings.__path__[0]))')
+mkdir -p "tools/pyhome/${{library#/usr/}}"
+cp -r "$root$library/encodings" "tools/pyhome/${{library#/usr/}}/"
 mv tools/ld-linux-*.so.* tools/ld.so
 tar -C tools -cf tools.tar .
 rm -r tools
@@ -130,10 +155,12 @@ OUTPUTS = ("vmlinuz", "config", "modules.tar", "tools.tar", "packages")
 
 def script(arch: str) -> str:
     """The script for Debian architecture ``arch``."""
-    files = [f"printf %s {shlex.quote(text)} >{shlex.quote(name)}" for name, text in FILES.items()]
+    files = [f"printf %s {shlex.quote(text)} >{name}; chmod 644 {name}" for name, text in FILES.items()]
     return SCRIPT.format(
         kernel_package=KERNEL_PACKAGE.format(arch=arch),
-        tools=" ".join(TOOLS.values()),
+        tools=" ".join(TOOLS),
+        no_modules=" ".join(NO_MODULES.split()),
+        plain_modules=" ".join(sorted(PLAIN_MODULES.split())),
         directories=" ".join(DIRECTORIES),
         files="\n".join(["mkdir -p etc/containers", *files]),
     )
