@@ -12,10 +12,11 @@ import os
 import signal
 import socket
 
-from fc_agent.channel import CHUNK, STDERR, STDOUT
+from fc_agent.channel import STDERR, STDOUT
 from fc_agent.process import END_OF_FILE
 
 STREAMS = {2: STDOUT, 3: STDERR}
+BATCH = 1 << 18  # bytes read at a time, unless less is there
 PACKET = 1 << 15  # more than conmon sends at once, and the most that it takes
 RESIZE = 1  # message type of ``ctl``
 
@@ -62,7 +63,7 @@ class Attached:
     def _read(self) -> list[tuple[int, bytes]] | None:
         pieces: list[tuple[int, list[bytes]]] = []
         total = 0
-        while total < CHUNK - PACKET:
+        while total < BATCH:
             try:
                 packet = self._socket.recv(PACKET)
             except BlockingIOError:

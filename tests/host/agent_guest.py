@@ -1,45 +1,15 @@
 """A guest without a VM, for tests: the guest image as the root of fresh namespaces, the agent in it over Unix sockets.
 
-Started as ``python agent_guest.py ROOT_IMAGE IMAGE_STORE DIRECTORY`` inside ``unshare`` (mount, pid, uts, ipc, net); ``DIRECTORY`` gets
-the sockets. Everything is gone when its process ends.
+Started as ``python agent_guest.py ROOT_IMAGE DIRECTORY`` inside ``unshare`` (mount, pid, uts, ipc, net); ``DIRECTORY`` gets the
+sockets. It has an image, localhost/bb: busybox. Everything is gone when its process ends.
 """
 
 import os
 import subprocess
 import sys
 
-INSIDE = """
-import os, socket, sys
-sys.path.insert(0, "/run/src")
-os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root")
-os.environ["CONTAINERS_CONF_OVERRIDE"] = "/run/override.conf"
-child = os.fork()
-if child:
-    while os.wait()[0] != child:
-        pass
-    sys.exit(1)
-from fc_agent import init, linux
-init.loopback_up()
-from fc_agent.podman import Service
-service = Service()
-from fc_agent.agent import Agent
-linux.add_entropy = lambda seed: None
-import time; time.clock_settime_ns = lambda clock, value: None
-def connect():
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect("/run/test/control")
-    return connection
-def listen():
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind("/run/test/sessions")
-    listener.listen(200)
-    return listener
-linux.reboot = lambda: os._exit(0)
-Agent(service, connect=connect, listen=listen).run()
-"""
 
-
-def main(root_image: str, store: str, directory: str) -> None:
+def main(root_image: str, directory: str) -> None:
     """Set the root up and become the agent."""
 
     def mount(*words: str) -> None:
@@ -70,12 +40,13 @@ def main(root_image: str, store: str, directory: str) -> None:
     mount("--rbind", "/dev", f"{merged}/dev")
     os.makedirs(f"{merged}/dev/pts", exist_ok=True)
     mount("-t", "devpts", "-o", "newinstance,gid=5,mode=620,ptmxmode=666", "devpts", f"{merged}/dev/pts")
-    for name in ("src", "test"):
+    for name in ("src", "test", "tests"):
         os.makedirs(f"{merged}/run/{name}")
     mount("--bind", os.path.join(os.path.dirname(__file__), "../../src"), f"{merged}/run/src")
+    mount("--bind", os.path.dirname(__file__), f"{merged}/run/tests")
     mount("--bind", directory, f"{merged}/run/test")
     os.makedirs(f"{merged}/images", exist_ok=True)
-    mount("-t", "erofs", "-o", "loop,ro", store, f"{merged}/images")
+    mount("-t", "tmpfs", "tmpfs", f"{merged}/images")
     with open(f"{merged}/run/override.conf", "w") as file:
         file.write("[containers]\npids_limit = 0\n")  # the host's cgroup v2 may have no controllers
     # Not chroot: whoever joins a mount namespace lands in the namespace's own root.
@@ -84,7 +55,7 @@ def main(root_image: str, store: str, directory: str) -> None:
     os.chroot(".")
     subprocess.run(["umount", "-l", "/mnt"], check=True)
     mount("--make-rshared", "/")
-    os.execv("/usr/bin/python3", ["python3", "-ISE", "-c", INSIDE])
+    os.execv("/usr/bin/python3", ["python3", "-ISE", "/run/tests/agent_guest_inside.py"])
 
 
 if __name__ == "__main__":
