@@ -364,7 +364,8 @@ def first_answer(bench: Bench) -> dict[str, Any]:
                         assert wrong == 0
         base = statistics.median(times["file"])
         result[cache] = {
-            name: {**summary(found), "ratio": round(statistics.median(found) / base, 2)} for name, found in times.items()
+            name: {**summary(found), "ratio": round(statistics.median(found) / base, 2)}
+            for name, found in times.items()
         }
     working_set.path(bench.snapshot).unlink()
     return result

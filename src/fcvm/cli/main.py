@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "print what a VM's container has written"),
     "stop": ("stop", "stop VMs"),
     "rm": ("rm", "remove stopped VMs that were kept by --no-rm"),
+    "snapshot": ("snapshot", "take snapshots of running VMs, and run clones of them"),
+    "snapshots": ("snapshots", "list, remove, export and import snapshots"),
     "images": ("images", "list, load, pull and remove images"),
     "setup": ("setup", "install kernel, guest image, initrd, Firecracker and storage"),
     "doctor": ("doctor", "tell what this host can do and what is missing"),

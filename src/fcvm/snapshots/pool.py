@@ -361,4 +361,3 @@ def _hold(directory: Path) -> int:
         os.close(fd)
         raise
     return fd
-

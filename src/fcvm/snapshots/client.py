@@ -1,0 +1,146 @@
+"""The client of a clone server: `fcvm snapshot run --pid`.
+
+The clone lives as long as our connection; the container writes to our own stdout and stderr, whose descriptors the
+server is given, so nothing is copied through this process. It counts milliseconds: nothing heavy is imported.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fcvm.errors import ConflictError, ContainerError
+from fcvm.snapshots import servers
+from fcvm.storage.layout import Layout
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A clone that is asked for; ``name`` None: made up, ``network`` None: that of the server."""
+
+    name: str | None
+    publish: list[str]
+    network: str | None = None
+    log_prefix: bool = False
+
+
+class Clone:
+    """A clone that was asked for over a connection of its own."""
+
+    def __init__(
+        self, layout: Layout, pid: int, wanted: Wanted, *, detach: bool = False, fds: Sequence[int] = ()
+    ) -> None:
+        """Ask for it; raises NotFoundError if there is no server ``pid``."""
+        self.pid = pid
+        request = {
+            "op": "run",
+            "name": wanted.name,
+            "publish": wanted.publish,
+            "network": wanted.network,
+            "log_prefix": wanted.log_prefix,
+            "detach": detach,
+        }
+        self.connection = servers.connect(layout, pid, request, fds)
+        self.messages = servers.lines(self.connection)
+
+    def started(self) -> dict[str, str]:
+        """Wait until it runs: its ``id`` and ``name``; raises what has prevented it."""
+        answer = self._next()
+        if "started" not in answer:
+            raise ConflictError("The clone ended before its container ran on.", hint="fcvm snapshot ls")
+        names: dict[str, str] = answer["started"]
+        return names
+
+    def exit(self) -> int:
+        """Wait for its end: the container's exit code; raises FcvmError if it ended in another way."""
+        return int(self._next()["exit"])
+
+    def _next(self) -> dict[str, Any]:
+        answer = next(self.messages, None)
+        if answer is None:
+            raise ConflictError(
+                f"The clone server {self.pid} has ended, and its clones with it.", hint="fcvm snapshot ls"
+            )
+        return servers.checked(answer)
+
+    def ask(self, op: str) -> None:
+        """``stop`` or ``kill`` it."""
+        servers.send(self.connection, {"op": op})
+
+    def close(self) -> None:
+        """Give it up: it is killed, unless it is detached."""
+        self.connection.close()
+
+
+def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, detach: bool = False) -> int:
+    """Run clones until they end; returns the exit code of the first that is not 0.
+
+    Prints their names once they run, except for a single one, whose container's output is shown instead. The first
+    SIGINT, SIGTERM or SIGHUP stops them, the second kills them.
+
+    Raises:
+        NotFoundError: there is no such server. FcvmError: a clone cannot be made; then none of them is left.
+    """
+    shown = len(wanted) == 1 and not detach
+    with contextlib.ExitStack() as stack:
+        clones: list[Clone] = []
+        stack.enter_context(_stopping(clones))
+        for want in wanted:  # all are asked for before the first is waited for
+            clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if shown else ())
+            stack.callback(clone.close)
+            clones.append(clone)
+        started = [clone.started() for clone in clones]
+        if not shown:
+            for names in started:
+                print(names["name"], flush=True)
+        if detach:
+            return 0
+        codes = [clone.exit() for clone in clones]
+    return next((code for code in codes if code), 0)
+
+
+def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) -> int:
+    """Run ``command`` in the container of a new clone, then end that; returns the command's exit code."""
+    from fcvm.agent import session, vsock
+    from fcvm.vm import paths
+
+    with contextlib.closing(Clone(layout, pid, wanted)) as clone:
+        directory = layout.base / "vms" / clone.started()["id"]
+        connect = partial(vsock.connect, directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+        end = session.stream(
+            connect,
+            session.Request(command),
+            stdin=None,
+            on_output=session.to_descriptors(1, 2),
+            signals=session.FORWARDED,
+        )
+        if wanted.name is not None:  # whoever names a clone may use the name again: see it gone
+            clone.ask("kill")
+            with contextlib.suppress(ConflictError):
+                clone.exit()
+    if end.message:
+        raise ContainerError(end.message, exit_code=end.code)
+    return end.code
+
+
+@contextlib.contextmanager
+def _stopping(clones: list[Clone]) -> Iterator[None]:
+    """Turn the first signal into a stop of all clones, the next into a kill."""
+    seen = 0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal seen
+        seen += 1
+        for clone in clones:
+            clone.ask("stop" if seen == 1 else "kill")
+
+    before = {number: signal.signal(number, handle) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

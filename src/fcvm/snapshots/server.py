@@ -1,0 +1,443 @@
+"""The clone server: `fcvm snapshot serve TAG`.
+
+It keeps a pool of loaded clones of one snapshot (pool.py), gives them their memory if they use the uffd backend (memory.py),
+and supervises those that were asked for, each in a thread of its own. A clone's life is tied to the connection of the
+client that asked for it, so a client that is killed takes its clone with it; the server's own end ends them all.
+"""
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fcvm import log
+from fcvm.config import Config
+from fcvm.errors import FcvmError, SnapshotError
+from fcvm.firecracker.process import Firecracker
+from fcvm.linux import sockets
+from fcvm.network import attach
+from fcvm.network import publish as publishing
+from fcvm.network import spec as network_spec
+from fcvm.network.attach import Network
+from fcvm.setup import Assets
+from fcvm.snapshots import page_faults, pool, restore, servers, store, working_set
+from fcvm.snapshots.memory import MemoryServer
+from fcvm.snapshots.pool import Kit, Loaded, Pool
+from fcvm.snapshots.restore import Backend
+from fcvm.snapshots.store import Snapshot
+from fcvm.storage.layout import Layout
+from fcvm.vm import clone as clones
+from fcvm.vm import rpc, state
+from fcvm.vm.output import Output, write_all
+from fcvm.vm.spec import RunSpec
+from fcvm.vm.supervisor import Supervisor
+
+RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a server serves.
+
+    Attributes:
+        minimum, maximum: of clones that are kept ready.
+        prefetch: record which pages a clone needs first, and have them ready for the next ones.
+        network: mode of the clones in the pool; None: that of the snapshot.
+    """
+
+    tag: str
+    backend: Backend = "file"
+    minimum: int = 1
+    maximum: int = 16
+    prefetch: bool = False
+    network: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """A start that takes over a clone from the pool: see ``fcvm.vm.start.Start``."""
+
+    clone: Loaded
+    snapshot: str
+
+    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
+        """The network that the clone has, with the ports of this VM."""
+        network: Network = self.clone.network
+        if vm.spec.publish:
+            network.publish(publishing.parse_all(vm.spec.publish))
+        return contextlib.nullcontext(network)
+
+    def disks(self, vm: Supervisor) -> None:
+        """They are there; the directory becomes the VM's."""
+        self.clone.move(vm.directory)
+
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
+        return contextlib.nullcontext(self.clone.firecracker)
+
+    def go(self, vm: Supervisor) -> None:
+        self.clone.resume()
+        vm.timings.mark("resume")
+
+    def waiting(self, vm: Supervisor) -> bool:
+        return False
+
+
+class ClientOutput(Output):
+    """Also writes to a client's stdout and stderr."""
+
+    def __init__(self, kept: Output, descriptors: dict[str, int], *, prefix: bool) -> None:
+        self.__dict__.update(kept.__dict__)
+        self.descriptors = descriptors
+        self.prefix = prefix
+
+    def write(self, stream: str, data: bytes) -> None:
+        super().write(stream, data)
+        if not self.closed and stream in self.descriptors:
+            try:
+                write_all(self.descriptors[stream], self._prefixed(stream, data) if self.prefix else data)
+            except OSError as error:
+                self.closed = True
+                raise BrokenPipeError(*error.args) from error
+
+
+class ClientSupervisor(Supervisor):
+    """Supervises a clone for a client, whose process the VM is listed under."""
+
+    def __init__(self, spec: RunSpec, config: Config, start: Any, client: "Client") -> None:
+        super().__init__(spec, config, start, on_started=client.started)
+        self.client = client
+        if isinstance(start, Pooled):
+            self.id = start.clone.id
+            self.directory = self.layout.vms / self.id
+
+    def _acquire(self, stack: contextlib.ExitStack) -> None:
+        super()._acquire(stack)
+        self.entry.update(pid=self.client.pid)
+        self.output = ClientOutput(self.output, self.client.descriptors, prefix=bool(self.spec.log_prefix))
+
+
+class Client:
+    """One connection that asked for a clone."""
+
+    def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+        self.connection = connection
+        self.request = request
+        self.fds = fds
+        self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
+        self.pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.detached = bool(request.get("detach"))
+        self.supervisor: ClientSupervisor | None = None
+        if self.detached:
+            self.pid = os.getpid()
+
+    def started(self) -> None:
+        """The clone runs and is itself."""
+        assert self.supervisor is not None
+        names = {"id": self.supervisor.id, "name": self.supervisor.spec.name}
+        servers.send(self.connection, {"started": names})
+        if self.detached:
+            self.hang_up()
+
+    def listen(self) -> None:
+        """Carry out what the client says, and its end."""
+        for message in servers.lines(self.connection):
+            if self.supervisor is not None and message.get("op") in ("stop", "kill"):
+                self.supervisor.ask(message)
+        if self.supervisor is not None and not self.detached:
+            self.supervisor.ask({"op": "kill"})
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.connection.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+class CloneServer:
+    """Serves clones of a snapshot: ``run`` until ``stop``."""
+
+    def __init__(self, settings: Settings, config: Config, assets: Assets) -> None:
+        self.settings = settings
+        self.config = config
+        self.assets = assets
+        self.layout = Layout(config.base_dir)
+        self.clients: dict[Client, threading.Thread] = {}
+        self.changed = threading.Condition()
+        self.memory: MemoryServer | None = None
+        self.recorded = False
+        self.stopping = False
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def stop(self) -> None:
+        """End the clones and the server; from any thread or signal handler."""
+        self.stopping = True
+        os.eventfd_write(self.wake, 1)
+
+    def living(self) -> int:
+        """How many clones run for clients."""
+        return len(self.clients)
+
+    def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve; ``ready`` is called when clients can come.
+
+        Raises:
+            FcvmError: the snapshot is not there, or cannot be restored here.
+        """
+        settings = self.settings
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, self.wake)
+            pool.sweep(self.layout.vms)
+            self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
+            self.mode = clones.spec_of(self.snapshot, name="clone", network=self._mode()).network
+            info = {
+                "pid": os.getpid(),
+                "tag": settings.tag,
+                "backend": settings.backend,
+                "network": self.mode,
+                "created_at": time.time(),
+            }
+            directory = stack.enter_context(servers.registered(self.layout, info))
+            kit = self._kit(stack, directory)
+            self.pool = stack.enter_context(
+                Pool(kit, self.layout.vms, minimum=settings.minimum, maximum=settings.maximum)
+            )
+            stack.callback(self._end_clients)
+            self.pool.fill()
+            listener = stack.enter_context(sockets.listen(directory / servers.SOCKET))
+            ready()
+            self._accept(listener)
+
+    def _mode(self) -> str:
+        return self.settings.network or self.snapshot.manifest.network
+
+    def _kit(self, stack: contextlib.ExitStack, directory: Path) -> Kit:
+        settings, snapshot = self.settings, self.snapshot
+        recorded = working_set.path(snapshot)
+        if settings.backend == "uffd":
+            record = settings.prefetch and not recorded.exists()
+            self.memory = stack.enter_context(
+                MemoryServer(
+                    snapshot.memory,
+                    directory / servers.MEMORY_SOCKET,
+                    working_set=recorded if settings.prefetch and recorded.exists() else None,
+                    window=1 if record else page_faults.WINDOW,
+                    on_failure=self._memory_failed,
+                )
+            )
+            self.recorded = not record
+        elif settings.prefetch:
+            _read_ahead(snapshot)
+
+        def network(clone_id: str, place: Path) -> Network:
+            return attach.create(network_spec.parse(self.mode), clone_id, place)
+
+        return Kit(
+            snapshot=snapshot,
+            firecracker=self.assets.firecracker,
+            disks=restore.find_disks(snapshot, self.layout),
+            backend=settings.backend,
+            memory_socket=self.memory.socket if self.memory else None,
+            network=network,
+            arguments=tuple(snapshot.manifest.spec.get("firecracker_args", ())),
+        )
+
+    def _memory_failed(self, pid: int, message: str) -> None:
+        log.error(f"a clone of {self.settings.tag} ends, its memory cannot be served: {message}")
+
+    # ---- clients
+
+    def _accept(self, listener: socket.socket) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(self.wake, selectors.EVENT_READ)
+            while not self.stopping:
+                for key, _ in selector.select():
+                    if key.fileobj is listener:
+                        connection, _ = listener.accept()
+                        threading.Thread(target=self._greet, args=(connection,), name="client").start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Read a client's request and carry it out: the thread of a clone's whole life."""
+        try:
+            request, fds = servers.receive(connection)
+        except (OSError, ValueError):
+            connection.close()
+            return
+        client = Client(connection, request, fds)
+        try:
+            if request.get("op") == "status":
+                servers.send(connection, self.status())
+            elif request.get("op") == "run":
+                self._serve(client)
+            else:
+                servers.send(connection, {"error": "The clone server does not know this request."})
+        finally:
+            client.close()
+
+    def _serve(self, client: Client) -> None:
+        with self.changed:
+            if self.stopping:
+                servers.send(client.connection, {"error": "The clone server is ending.", "hint": "fcvm snapshot ls"})
+                return
+            self.clients[client] = threading.current_thread()
+        try:
+            code = self._run(client)
+            servers.send(client.connection, {"exit": code})
+        except FcvmError as error:
+            servers.send(client.connection, rpc.failure(error))
+        except Exception as error:
+            log.error(f"a clone failed: {error!r}")
+            servers.send(client.connection, {"error": f"The clone server failed: {error}."})
+        finally:
+            with self.changed:
+                del self.clients[client]
+                self.changed.notify_all()
+
+    def _run(self, client: Client) -> int:
+        """A clone from its request to its end."""
+        request = client.request
+        spec = clones.spec_of(
+            self.snapshot,
+            name=state.check_name(str(request.get("name") or f"clone-{state.new_id()[:8]}")),
+            publish=list(request.get("publish", [])),
+            network=request.get("network") or self.mode,
+            remove=bool(request.get("remove", True)),
+            log_prefix=bool(request.get("log_prefix", False)),
+            detach=True,  # its output is not the server's
+        )
+        with self._start(spec) as start:
+            supervisor = ClientSupervisor(spec, self.config, start, client)
+            client.supervisor = supervisor
+            streams = threading.Thread(target=self._carry, args=(supervisor,), name="streams")
+            listener = threading.Thread(target=client.listen, name="requests")
+            streams.start()
+            listener.start()
+            try:
+                if self.stopping:
+                    supervisor.ask({"op": "kill"})
+                return supervisor.run()
+            finally:
+                streams.join()
+                if not client.detached:
+                    with contextlib.suppress(OSError):
+                        client.connection.shutdown(socket.SHUT_RD)  # ends the listener; our answer can still be sent
+                listener.join()
+
+    @contextlib.contextmanager
+    def _start(self, spec: RunSpec) -> Iterator[Any]:
+        """From the pool; a VM with another network than those in the pool is loaded for itself."""
+        network = network_spec.parse(spec.network, spec.publish, spec.forward_localhost, spec.dns)
+        if network.mode != self.mode or network.forward_localhost or network.dns:
+            yield clones.Clone(self.assets, self.settings.tag)
+            return
+        with self.pool.take() as clone:
+            self._record(clone)
+            yield Pooled(clone, self.settings.tag)
+
+    @staticmethod
+    def _carry(supervisor: ClientSupervisor) -> None:
+        try:
+            supervisor.carry_streams()
+        except BrokenPipeError:  # the client does not read any more: as with `podman run`, that ends the VM
+            supervisor.ask({"op": "kill"})
+
+    def _record(self, clone: Loaded) -> None:
+        """Learn from the first clone which pages are needed soon after a start."""
+        if self.memory is None or self.recorded:
+            return
+        self.recorded = True
+        memory, pid = self.memory, clone.firecracker.pid
+
+        def save() -> None:
+            used = memory.used(pid)
+            memory.window = page_faults.WINDOW
+            if used:
+                try:
+                    pages = working_set.save(self.snapshot, used)
+                    memory.replay(working_set.path(self.snapshot))
+                    log.info(f"recorded a working set of {pages * 4 // 1024} MiB")
+                except SnapshotError as error:
+                    log.warning(error.message)
+
+        timer = threading.Timer(RECORDING, save)
+        timer.daemon = True
+        timer.start()
+
+    def _end_clients(self) -> None:
+        """End the clones of all clients, and wait for that."""
+        with self.changed:
+            self.stopping = True
+            for client in self.clients:
+                if client.supervisor is not None:
+                    client.supervisor.ask({"op": "kill"})
+            while self.clients:
+                self.changed.wait()
+
+    def status(self) -> dict[str, Any]:
+        """What `fcvm snapshot ls` shows."""
+        now = self.pool.status()
+        with self.changed:
+            supervisors = [c.supervisor for c in self.clients if c.supervisor is not None]
+        return {
+            "clones": [{"id": s.id, "name": s.spec.name} for s in supervisors],
+            "ready": now.ready,
+            "target": now.target,
+            "taken": now.taken,
+            "late": now.late,
+            "faults": self.memory.served() if self.memory else None,
+        }
+
+
+def _read_ahead(snapshot: Snapshot) -> None:
+    """Have the kernel read the memory file, in the background: what was recorded of it, or all."""
+    memory = page_faults.Memory(snapshot.memory)
+    try:
+        ranges = working_set.load(working_set.path(snapshot)) or page_faults.present(memory.data)
+        memory.read_ahead(ranges)
+    finally:
+        memory.close()
+
+
+def serve(
+    settings: Settings, config: Config, assets: Assets, *, ready: Callable[[], None], say: Callable[[str], None]
+) -> None:
+    """Run a clone server in the main thread until a signal ends it.
+
+    SIGTERM and SIGHUP end it and its clones. So does SIGINT, but when clones run it has to come twice.
+
+    Arguments:
+        ready: called when clients can come.
+        say: shows a person a line.
+
+    Raises:
+        FcvmError: as ``CloneServer.run``.
+    """
+    server = CloneServer(settings, config, assets)
+    asked = False
+
+    def interrupted(number: int, frame: object) -> None:
+        nonlocal asked
+        if server.living() and not asked and number == signal.SIGINT:
+            asked = True
+            say(f"{server.living()} clones of {settings.tag} run; Ctrl-C again ends them, fcvm ls lists them.")
+        else:
+            server.stop()
+
+    before = {n: signal.signal(n, interrupted) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        server.run(ready=ready)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

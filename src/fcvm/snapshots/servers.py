@@ -1,0 +1,175 @@
+"""The clone servers that run, and how to talk to one.
+
+Each has a directory, ``servers/<pid>/``, with ``server.json`` (what it serves) and ``server.sock``, and holds an flock on
+it for its life. Over the socket go JSON lines; the first line of a connection is a request, with the descriptors that it
+speaks of.
+
+    {"op": "status"}              -> {"clones": [...], "ready": N, ...}
+    {"op": "run", "name": ..., }  -> {"started": {"id": ..., "name": ...}}, later {"exit": CODE}
+                                     or at any time {"error": ..., "hint": ..., "exit_code": ...}
+        with stdout and stderr; the clone lives as long as the connection, unless "detach" is true.
+        then, from the client:      {"op": "stop", "timeout": SECONDS or null}, {"op": "kill"}
+
+This module is on the path of `fcvm snapshot run`, which counts milliseconds: it imports little.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fcvm.errors import ConflictError, FcvmError, NotFoundError
+from fcvm.linux import sockets
+from fcvm.storage.layout import Layout, locked, remove
+
+SOCKET = "server.sock"
+INFO = "server.json"
+MEMORY_SOCKET = "memory.sock"
+MAX_LINE = 1 << 20
+MAX_FDS = 2
+
+
+@contextlib.contextmanager
+def registered(layout: Layout, info: dict[str, Any]) -> Iterator[Path]:
+    """Be a clone server: yields our directory, which is held and, at the end, removed."""
+    directory = layout.directory("servers") / str(os.getpid())
+    with locked(directory.with_name(".lock")):
+        _sweep(layout)
+        directory.mkdir(mode=0o700)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        (directory / INFO).write_text(json.dumps(info))
+        yield directory
+    finally:
+        remove(directory)
+        os.close(lock)
+
+
+def _sweep(layout: Layout) -> None:
+    """Remove the directories of servers that were killed."""
+    for directory in _directories(layout):
+        if not _alive(directory):
+            remove(directory)
+
+
+def running(layout: Layout) -> list[dict[str, Any]]:
+    """The servers that run, each with what it says of itself, by pid."""
+    found = []
+    for directory in filter(_alive, _directories(layout)):
+        with contextlib.suppress(OSError, ValueError, FcvmError):  # it starts, or ends
+            info = json.loads((directory / INFO).read_text())
+            found.append({**info, **call(layout, int(directory.name), {"op": "status"})})
+    return found
+
+
+def _directories(layout: Layout) -> list[Path]:
+    names = [path.name for path in layout.directory("servers").iterdir()]
+    return [layout.base / "servers" / name for name in sorted(filter(str.isdecimal, names), key=int)]
+
+
+def _alive(directory: Path) -> bool:
+    """Whether the server of ``directory`` holds it."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def connect(layout: Layout, pid: int, request: dict[str, Any], fds: Sequence[int] = ()) -> socket.socket:
+    """A connection to the server ``pid`` on which ``request`` was sent.
+
+    Raises:
+        NotFoundError: there is no such server.
+    """
+    try:
+        connection = sockets.connect(layout.base / "servers" / str(pid) / SOCKET)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+        raise NotFoundError(f"There is no clone server with pid {pid}.", hint="fcvm snapshot ls") from error
+    try:
+        socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], fds)
+    except OSError as error:
+        connection.close()
+        raise ConflictError(f"The clone server {pid} is ending.", hint="fcvm snapshot ls") from error
+    return connection
+
+
+def call(layout: Layout, pid: int, request: dict[str, Any]) -> dict[str, Any]:
+    """One request and its answer.
+
+    Raises:
+        NotFoundError: there is no such server. FcvmError: it refused.
+    """
+    with connect(layout, pid, request) as connection:
+        answer = next(lines(connection), None)
+    if answer is None:
+        raise ConflictError(f"The clone server {pid} is ending.", hint="fcvm snapshot ls")
+    return checked(answer)
+
+
+def checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """``answer``, if it is not an error; raises that."""
+    if "error" in answer:
+        raise FcvmError(answer["error"], hint=answer.get("hint"), exit_code=answer.get("exit_code", 125))
+    return answer
+
+
+def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """The JSON lines that come, until the connection ends; what is no object ends it as well."""
+    data = b""
+    while True:
+        line, newline, rest = data.partition(b"\n")
+        if newline:
+            data = rest
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+                    continue
+            return
+        if len(data) > MAX_LINE:
+            return
+        try:
+            more = connection.recv(65536)
+        except OSError:
+            return
+        if not more:
+            return
+        data += more
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The request that opens a connection, with its descriptors; raises ValueError for anything else."""
+    data, fds = b"", []
+    try:
+        while not data.endswith(b"\n"):
+            more, new, _, _ = socket.recv_fds(connection, 65536, MAX_FDS)
+            fds += new
+            if not more or len(data) > MAX_LINE:
+                raise ValueError("no request came")
+            data += more
+        request = json.loads(data)
+        if not isinstance(request, dict):
+            raise ValueError("a request is an object")
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return request, fds
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send one line; a peer that has gone does not matter."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")

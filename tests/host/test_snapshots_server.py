@@ -1,0 +1,351 @@
+"""The clone server and its clients, with real clones whose guest acts the agent (baremetal/guest.c)."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import baremetal
+import pytest
+from baremetal import Guest
+
+from fcvm.firecracker import boot
+from fcvm.setup import Assets
+from fcvm.snapshots import create, servers, store
+from fcvm.storage.layout import Layout
+from fcvm.vm import state
+from fcvm.vm.spec import ImageUse, RunSpec
+
+SERVE = """
+import json, os, sys
+from fcvm import config, setup
+from fcvm.snapshots import server
+from fcvm.storage.layout import Layout
+settings = config.load({"base_dir": sys.argv[1]})
+server.serve(
+    server.Settings(**json.loads(sys.argv[2])),
+    settings,
+    setup.find(settings, Layout(settings.base_dir)),
+    ready=lambda: print(os.getpid(), flush=True),
+    say=lambda line: print(line, file=sys.stderr, flush=True),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    """A data directory with the snapshot ``warm`` of a VM that runs a container."""
+    made = Layout(tmp_path_factory.mktemp("base"))
+    for path in (made.guest / "root.img", made.images / "image.img"):
+        path.write_bytes(bytes(4096))
+    spec = RunSpec(
+        name="baseline",
+        image=ImageUse(reference="localhost/demo", id="sha256:1", digest="sha256:2", path="/nowhere.img"),
+        cpu=1,
+        memory=64,
+        network="none",
+    )
+    with baremetal.booted(made.base / "vm") as vmm:
+        with Guest(made.base / "vm") as guest:
+            guest.on_reset(baremetal.ACT_AGENT)
+        manifest = dataclasses.replace(
+            baremetal.manifest(vmm),
+            disks={boot.ROOT_DISK: "guest/root.img", boot.IMAGE_DISK: "images/image.img"},
+            image={"reference": "localhost/demo"},
+            spec=spec.to_json(),
+        )
+        create.take(made, "warm", vmm, manifest)
+    nothing = made.base / "nothing"
+    assets = Assets(nothing, nothing, "", nothing, nothing, nothing, nothing, baremetal.firecracker(), "1.12.1")
+    (made.base / "assets.json").write_text(assets.to_json())
+    return made
+
+
+def environment(layout: Layout) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "FCVM_BASE_DIR": str(layout.base),
+        "FCVM_ASSETS": str(layout.base / "assets.json"),
+        "FCVM_MACHINE": "never",
+        "FCVM_CONFIG": "/dev/null",
+    }
+
+
+@contextlib.contextmanager
+def serving(layout: Layout, **settings: object) -> Iterator["subprocess.Popen[str]"]:
+    """A clone server that is ready; ended by SIGTERM at the end, which must leave nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE, layout.base, json.dumps({"tag": "warm", **settings})],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(layout),
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                assert process.stderr is not None
+                raise AssertionError(process.stderr.read())
+            assert int(line) == process.pid
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(60)
+    servers._sweep(layout)
+    assert clean(layout)
+
+
+def clean(layout: Layout) -> bool:
+    """Whether no VM, no server and no clone is left."""
+    state.sweep(layout)
+    vms = [p for p in layout.vms.iterdir() if not p.name.startswith(".pool-")]
+    return vms == [] and list(state.records(layout)) == [] and servers.running(layout) == []
+
+
+def fcvm(layout: Layout, *words: object, check: int | None = 0) -> "subprocess.CompletedProcess[str]":
+    """Run `fcvm WORDS` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fcvm", *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(layout),
+    )
+    if check is not None:
+        assert done.returncode == check, done
+    return done
+
+
+@contextlib.contextmanager
+def client(layout: Layout, *words: object) -> Iterator["subprocess.Popen[str]"]:
+    """`fcvm snapshot run WORDS`, while it runs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fcvm", "snapshot", "run", *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(layout),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        assert process.stderr is not None
+        raise AssertionError(process.stderr.read())
+    return line.strip()
+
+
+def names(layout: Layout) -> list[str]:
+    return sorted(clone["name"] for server in servers.running(layout) for clone in server["clones"])
+
+
+def wait_until(layout: Layout, expected: list[str]) -> None:
+    """Wait until the clones of the servers are ``expected``."""
+    import threading
+
+    for _ in range(1200):
+        if names(layout) == expected:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(names(layout))
+
+
+def test_exec_in_a_fresh_clone(layout: Layout) -> None:
+    with serving(layout) as server:
+        done = fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "echo ready")
+        assert done.stdout == "ready\n"
+        assert done.stderr == ""
+        for _ in range(3):  # the name is free again each time
+            fcvm(layout, "snapshot", "run", "--pid", server.pid, "--name", "same", "--exec", "true")
+        wait_until(layout, [])
+
+
+def test_output_and_name_of_a_clone(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        assert line_of(process) == "hello from the container"
+        (record,) = state.records(layout)
+        assert (record.name, record.pid, record.status, record.snapshot) == ("one", process.pid, "running", "warm")
+        assert names(layout) == ["one"]
+        assert "hello from the container" in fcvm(layout, "logs", "one").stdout
+        assert fcvm(layout, "exec", "one", "--", "anything").stdout == "ready\n"
+        assert fcvm(layout, "stop", "one").stdout == "one\n"
+        assert process.wait(60) == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_client_stops_its_clone(layout: Layout, number: int) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid) as process:
+        line_of(process)
+        process.send_signal(number)
+        assert process.wait(60) == 143
+        wait_until(layout, [])
+
+
+def test_killed_client_takes_its_clone_with_it(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        line_of(process)
+        process.kill()
+        wait_until(layout, [])
+        assert state.sweep(layout) == []
+        assert list(state.records(layout)) == []
+
+
+def test_reader_that_goes_away_ends_the_clone(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # before the container has printed, or after: then it prints nothing any more
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        wait_until(layout, [])
+
+
+def test_fleet_in_one_call(layout: Layout) -> None:
+    with serving(layout, maximum=4) as server:
+        with client(layout, "--pid", server.pid, "--name", "web", "--count", 5) as process:
+            assert [line_of(process) for _ in range(5)] == [f"web-{n}" for n in range(1, 6)]
+            assert names(layout) == [f"web-{n}" for n in range(1, 6)]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 143
+        wait_until(layout, [])
+
+
+def test_fleet_with_a_name_that_is_taken_is_none(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "web-2") as process:
+        line_of(process)
+        done = fcvm(layout, "snapshot", "run", "--pid", server.pid, "--name", "web", "--count", 3, check=125)
+        assert "A VM named 'web-2' exists already" in done.stderr
+        wait_until(layout, ["web-2"])
+
+
+def test_detached_clone_lives_as_long_as_the_server(layout: Layout) -> None:
+    with serving(layout) as server:
+        assert fcvm(layout, "snapshot", "run", "-d", "--pid", server.pid, "--name", "one").stdout == "one\n"
+        assert names(layout) == ["one"]
+        assert fcvm(layout, "exec", "one", "--", "anything").stdout == "ready\n"
+
+
+def test_killed_server_ends_everything_with_a_message(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        line_of(process)
+        children = [
+            int(p) for t in Path(f"/proc/{server.pid}/task").iterdir() for p in (t / "children").read_text().split()
+        ]
+        pidfds = [os.pidfd_open(pid) for pid in children]
+        assert len(pidfds) >= 1
+        server.kill()
+        assert process.wait(60) == 125
+        assert process.stderr is not None
+        assert f"The clone server {server.pid} has ended" in process.stderr.read()
+        for pidfd in pidfds:
+            assert select.select([pidfd], [], [], 60)[0]
+            os.close(pidfd)
+
+
+def test_interrupt_asks_twice_when_clones_live(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        line_of(process)
+        server.send_signal(signal.SIGINT)
+        assert server.stderr is not None
+        assert "1 clones of warm run; Ctrl-C again ends them" in server.stderr.readline()
+        assert names(layout) == ["one"]
+        server.send_signal(signal.SIGINT)
+        assert process.wait(60) == 137
+        assert server.wait(60) == 0
+
+
+def test_interrupt_ends_an_idle_server(layout: Layout) -> None:
+    with serving(layout) as server:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+
+
+def test_served_memory_and_its_working_set(layout: Layout) -> None:
+    with serving(layout, backend="uffd") as server:
+        assert fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true").stdout == "ready\n"
+        (listed,) = json.loads(fcvm(layout, "snapshot", "ls", "--json").stdout)
+        assert listed["backend"] == "uffd"
+        assert listed["faults"] > 0
+        assert listed["taken"] == 1
+
+
+def test_listing(layout: Layout) -> None:
+    assert json.loads(fcvm(layout, "snapshot", "ls", "--json").stdout) == []
+    with serving(layout, minimum=2) as server:
+        (listed,) = json.loads(fcvm(layout, "snapshot", "ls", "--json").stdout)
+        assert (listed["pid"], listed["tag"], listed["ready"], listed["clones"]) == (server.pid, "warm", 2, [])
+        assert f"{server.pid}  warm" in fcvm(layout, "snapshot", "ls").stdout
+        assert "yes" in fcvm(layout, "snapshots").stdout
+        done = fcvm(layout, "snapshots", "rm", "warm", check=125)
+        assert "in use" in done.stderr
+    (snapshot,) = json.loads(fcvm(layout, "snapshots", "ls", "--json").stdout)
+    assert (snapshot["tag"], snapshot["in_use"], snapshot["image"]) == ("warm", False, {"reference": "localhost/demo"})
+
+
+def test_no_such_server_and_no_such_snapshot(layout: Layout) -> None:
+    done = fcvm(layout, "snapshot", "run", "--pid", os.getpid(), "--exec", "true", check=125)
+    assert f"There is no clone server with pid {os.getpid()}" in done.stderr
+    with pytest.raises(AssertionError, match="no snapshot named 'nothing'"), serving(layout, tag="nothing"):
+        pass
+
+
+def test_snapshot_and_clone_of_a_clone(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        line_of(process)
+        assert fcvm(layout, "snapshot", "create", "one", "--tag", "again").stdout == "again\n"
+    try:
+        assert store.find(layout, "again").manifest.parent == "warm"
+        with serving(layout, tag="again") as server:
+            assert fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true").stdout == "ready\n"
+    finally:
+        store.remove(layout, "again")
+
+
+def test_export_and_import(layout: Layout, tmp_path: Path) -> None:
+    file = tmp_path / "warm.tar.zst"
+    fcvm(layout, "snapshots", "export", "warm", file)
+    assert fcvm(layout, "snapshots", "import", file, "other").stdout == "other\n"
+    try:
+        with serving(layout, tag="other") as server:
+            assert fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true").stdout == "ready\n"
+    finally:
+        assert fcvm(layout, "snapshots", "rm", "other").stdout == "other\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "Say what to clone"),
+        (["run", "--pid", "1", "--snapshot", "x"], "Say what to clone"),
+        (["run", "--pid", "x"], "--pid takes a whole number"),
+        (["run", "--snapshot", "a/b"], "cannot name a snapshot"),
+        (["run", "--snapshot", "x", "--count", "2"], "--count needs a clone server"),
+        (["run", "--pid", "1", "--count", "2", "--publish", "80:80"], "cannot share a port"),
+        (["run", "--pid", "1", "--count", "2", "--exec", "true"], "do not go together"),
+        (["run", "--pid", "1", "--exec", ""], "no command"),
+        (["serve", "x", "--pool", "3-2"], "wrong way round"),
+        (["create", "--tag", "x"], "No VM is named"),
+        (["create", "nobody", "--tag", "x"], "no VM named 'nobody'"),
+    ],
+)
+def test_bad_input(layout: Layout, words: list[str], message: str) -> None:
+    done = fcvm(layout, "snapshot", *words, check=125)
+    assert message in done.stderr
+    assert done.stdout == ""
