@@ -6,10 +6,10 @@ import os
 import sys
 import time
 
-from fcvm.cli import target, values
+from fcvm.cli import values
 from fcvm.cli.context import Context
-from fcvm.cli.ls import age, table
 from fcvm.errors import FcvmError, HostError, UsageError
+from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
 
@@ -19,7 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     create = actions.add_parser(
         "create", help="take a snapshot of a VM, which runs on", usage="fcvm snapshot create [OPTIONS] NAME --tag TAG"
     )
-    target.configure(create)
+    create.add_argument("--name", metavar="NAME", help="the VM's name or id").completer = _vm_names  # type: ignore[attr-defined]
+    create.add_argument("--pid", metavar="PID", help="the VM's pid, as `fcvm ls` shows it")
     create.add_argument("--tag", required=True, metavar="TAG", help="name of the snapshot")
     create.add_argument("words", nargs="*", metavar="NAME")
     _configure_serve(actions.add_parser("serve", help="keep clones of a snapshot ready"))
@@ -27,7 +28,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("ls", help="list clone servers")
     listing.add_argument("--json", action="store_true", help="an array of objects")
     verify = actions.add_parser("verify", help="start two clones and check that each is itself")
-    verify.add_argument("tag", metavar="TAG")
+    verify.add_argument("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
+
+
+def _vm_names(**_: object) -> list[str]:
+    from fcvm.cli.completions import vm_names
+
+    return vm_names()
 
 
 def _configure_serve(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +43,7 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         "when it is ready. SIGTERM ends the server and its clones; so does Ctrl-C, twice if clones run."
     )
     add = parser.add_argument
-    add("tag", metavar="TAG")
+    add("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
     add(
         "--pool",
         default="1-16",
@@ -67,7 +74,8 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
     parser.description = "Run a clone of a snapshot until its container ends, or until this command does."
     add = parser.add_argument
     add("--pid", metavar="PID", help="of the clone server, as `fcvm snapshot ls` shows it")
-    add("--snapshot", metavar="TAG", help="without a server: load the snapshot for this clone")
+    snapshot = add("--snapshot", metavar="TAG", help="without a server: load the snapshot for this clone")
+    snapshot.completer = tag_names  # type: ignore[attr-defined]
     add("--name", metavar="NAME", help="name of the VM (default: made up)")
     add(
         "--exec",
@@ -94,9 +102,9 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:
-    from fcvm.snapshots.store import check_tag
-
     if args.action == "create":
+        from fcvm.cli import target
+
         check_tag(args.tag)
         target.take_name(args)
         if args.words:
@@ -120,9 +128,6 @@ def pool_size(text: str) -> tuple[int, int]:
 
 
 def _prepare_run(args: argparse.Namespace) -> None:
-    from fcvm.snapshots.store import check_tag
-    from fcvm.vm.state import check_name
-
     if (args.pid is None) == (args.snapshot is None):
         raise UsageError("Say what to clone: a server by --pid, or a snapshot by --snapshot.", hint="fcvm snapshot ls")
     if args.pid is not None:
@@ -136,6 +141,8 @@ def _prepare_run(args: argparse.Namespace) -> None:
         if wanted and args.exec is not None:
             raise UsageError(f"--exec and {option} do not go together.", hint="fcvm exec runs commands in clones")
     if args.name is not None:
+        from fcvm.vm.state import check_name
+
         check_name(args.name)
     args.command = values.words(args.exec, "--exec") if args.exec is not None else None
     if args.command == []:
@@ -198,6 +205,7 @@ def _run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _create(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.cli import target
     from fcvm.vm import rpc
 
     vm = target.find_vm(args, context.layout)
@@ -245,6 +253,7 @@ def _serve(args: argparse.Namespace, context: Context) -> int:
 
 
 def _ls(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.cli.ls import age, table
     from fcvm.snapshots import servers
 
     found = servers.running(context.layout)

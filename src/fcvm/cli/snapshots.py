@@ -11,6 +11,7 @@ from fcvm.cli.context import Context
 from fcvm.cli.ls import age, table
 from fcvm.errors import UsageError
 from fcvm.snapshots import store
+from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
 
@@ -21,28 +22,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("ls", help="list snapshots")
     listing.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="an array of objects")
     removal = actions.add_parser("rm", help="remove snapshots")
-    removal.add_argument("tags", nargs="+", metavar="TAG").completer = tags  # type: ignore[attr-defined]
+    removal.add_argument("tags", nargs="+", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
     pruning = actions.add_parser("prune", help="remove boot snapshots, warm starts, and what was left half-made")
     pruning.add_argument("--all", "-a", action="store_true", help="also those made by `fcvm snapshot create`")
     export = actions.add_parser("export", help="write a snapshot to one .tar.zst")
-    export.add_argument("tag", metavar="TAG").completer = tags  # type: ignore[attr-defined]
+    export.add_argument("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
     export.add_argument("file", metavar="FILE", help="- for stdout")
     importing = actions.add_parser("import", help="make a snapshot from an exported one")
     importing.add_argument("file", metavar="FILE")
     importing.add_argument("tag", metavar="TAG", help="its name here")
 
 
-def tags(**_: object) -> list[str]:
-    """The names of snapshots, for argcomplete."""
-    from fcvm import config
-    from fcvm.storage.layout import Layout
-
-    return store.tags(Layout(config.load().base_dir))
-
-
 def prepare(args: argparse.Namespace, context: Context) -> None:
     if args.action in ("export", "import"):
-        store.check_tag(args.tag)
+        check_tag(args.tag)
         if args.file != "-":
             args.file = os.path.abspath(args.file)
         elif args.action == "import":

@@ -17,7 +17,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -25,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError, UsageError
+from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError
 from fcvm.snapshots import manifest as manifests
 from fcvm.snapshots.manifest import Manifest
+from fcvm.snapshots.tags import CREATING, REMOVING, check_tag
 from fcvm.storage.layout import Layout
 
 VMSTATE = "vmstate.bin"
@@ -36,10 +36,6 @@ SCRATCH = "scratch.img"
 VOLUMES = "volumes.json"
 WORKING_SET = "working-set.json"
 REQUIRED = (manifests.NAME, VMSTATE, MEMORY, SCRATCH, VOLUMES)
-
-TAG = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
-CREATING = ".creating"
-REMOVING = ".removing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +66,6 @@ class Snapshot:
     def bytes_on_disk(self) -> int:
         """What its files take; blocks shared with other files by reflink count in full."""
         return _bytes_on_disk(self.path)
-
-
-def check_tag(tag: str) -> str:
-    """``tag`` if it can name a snapshot; raises UsageError."""
-    if not TAG.fullmatch(tag) or tag.endswith((CREATING, REMOVING)):
-        raise UsageError(
-            f"{tag!r} cannot name a snapshot.",
-            hint="use letters, digits, '_', '.' and '-', beginning with a letter or digit, at most 63",
-        )
-    return tag
 
 
 @contextlib.contextmanager
