@@ -36,7 +36,11 @@ GROUPS = {
         "zstd",
     ],
     "test": [
+        "acl",
+        "attr",
         "busybox-static",
+        "cpio",
+        "crun",
         "curl",
         "docker-registry",
         "fuse3",

@@ -90,7 +90,6 @@ def ensure(base: Path, size_mib: int, progress: Progress) -> Storage:
             mount(base)
         if too_small(base, size_mib):
             enlarge(base, size_mib)
-        step.update(size_mib << 20, size_mib << 20)
     return examine(base)
 
 
