@@ -39,7 +39,6 @@ GROUPS = {
         "acl",
         "attr",
         "busybox-static",
-        "cpio",
         "crun",
         "curl",
         "docker-registry",
