@@ -56,7 +56,7 @@ class Agent:
         self._control.stage("agent")
         threading.Thread(target=self._server.serve, args=(self._listener,), daemon=True, name="sessions").start()
         sockets.destroy_connections()  # there are none, but now a snapshot has the kernel's module for it
-        self._service.warm()
+        self._service.wait()
         self._control.stage("podman service")
         for message in self._control.messages():
             try:
@@ -71,6 +71,8 @@ class Agent:
             self._on_plan(Plan.from_json(message))
         elif kind == "restored":
             self._on_restored(Identity.from_json(message.get("identity")))
+        elif kind == "warm":
+            self._on_warm()
         elif kind == "stop":
             self._on_stop(float(message.get("timeout", 10)))
         elif kind == "kill":
@@ -88,10 +90,20 @@ class Agent:
         identity.take(plan.identity, plan.network, restored=False)
         self._network = plan.network
         if plan.container is None:
-            self._control.tell({"type": "ready"})
+            self._control.tell({"type": "ready"}, machine_id=plan.identity.machine_id)
             return
         self._control.tell(None, phase="starting")
         threading.Thread(target=self._run_container, args=(plan,), daemon=True, name="container").start()
+
+    def _on_warm(self) -> None:
+        """The host is about to take a boot snapshot: whatever we load now, nobody will wait for again."""
+        try:
+            self._service.warm()
+        except (PodmanError, OSError) as error:
+            linux.log(f"cannot warm up: {error}")  # the snapshot is only slower then
+        import http.client  # noqa: F401  (the HTTP health check)
+
+        self._control.tell({"type": "warmed"})
 
     def _on_restored(self, new: Identity) -> None:
         network = new.network or self._network
@@ -99,7 +111,7 @@ class Agent:
         self._network = network
         if new.drop_sessions:
             self._server.abandon(keep=(MAIN,))
-        self._control.tell({"type": "ready"})
+        self._control.tell({"type": "ready"}, machine_id=new.machine_id)
 
     def _on_stop(self, timeout: float) -> None:
         with self._lock:

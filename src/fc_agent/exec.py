@@ -7,7 +7,6 @@ terminal, crun sends its master over a Unix socket (``--console-socket``).
 import contextlib
 import json
 import os
-import secrets
 import select
 import signal
 import socket
@@ -114,7 +113,7 @@ def launch(container: Container, request: Request) -> ContainerProcess:
     if not request.argv:
         raise LaunchError("No command is given.")
     os.makedirs(DIRECTORY, exist_ok=True)
-    base = f"{DIRECTORY}/{secrets.token_hex(8)}"
+    base = f"{DIRECTORY}/{os.urandom(8).hex()}"
     with open(f"{base}.json", "w") as file:
         json.dump(process(container, request), file)
     command = [

@@ -6,7 +6,6 @@ The initrd has mounted / (an overlay), /dev, /proc, /sys, /run and /scratch.
 import os
 import resource
 import signal
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -35,6 +34,8 @@ def main(agent: Callable[[], None]) -> NoReturn:
             agent()
             status = 0
         except BaseException:
+            import traceback  # slow to import
+
             traceback.print_exc()
         finally:
             os._exit(status)

@@ -4,14 +4,15 @@ The service is started before anybody knows what shall run, so that a boot snaps
 at ``IMAGES`` whenever it is asked, so the image disk may be mounted later.
 """
 
-import json
 import os
 import socket
 import threading
-from typing import Any
-from urllib.parse import quote
 
 from fc_agent import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # starting the service comes first; what takes time to import comes later
+    from typing import Any
 
 DIRECTORY = "/run/fcvm"
 IMAGES = "/images"
@@ -76,7 +77,7 @@ class Service:
     def _spawn(self) -> None:
         # DISABLE_HC_SYSTEMD: health checks are ours; Podman would ask systemd for timers.
         environment = {**os.environ, "DISABLE_HC_SYSTEMD": "true"}
-        actions: list[tuple[Any, ...]] = [
+        actions: list[tuple[object, ...]] = [
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, self._listener.fileno(), 3),
         ]
@@ -89,12 +90,14 @@ class Service:
             linux.log(f"podman's service ended ({os.waitstatus_to_exitcode(status)}); it is started again")
             self._spawn()
 
-    def request(self, method: str, path: str, body: object = None, *, timeout: float = 300) -> Any:
+    def request(self, method: str, path: str, body: object = None, *, timeout: float = 300) -> "Any":
         """One request of the libpod API; returns the decoded answer.
 
         Raises:
             PodmanError: Podman refused, or did not answer within ``timeout`` seconds.
         """
+        import json
+
         content = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {API}{path} HTTP/1.0\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         answer = bytearray()
@@ -118,15 +121,36 @@ class Service:
             raise PodmanError(str(message or f"Podman answered {status}."), status)
         return value
 
-    def warm(self) -> None:
-        """Wait until the service answers, with everything loaded that a container will need."""
+    def wait(self) -> None:
+        """Wait until the service answers."""
         self.request("GET", "/images/json")
-        for program in ("crun", "conmon"):
-            with open(f"/usr/bin/{program}", "rb") as file:
-                while file.read(1 << 20):
-                    pass
+
+    def warm(self) -> None:
+        """Run a container to its end and remove it, so that a snapshot has everything loaded that the next will need.
+
+        Raises:
+            PodmanError, OSError: it does not run; nothing of it is left.
+        """
+        import contextlib
+        import shutil
+
+        root, name = f"{DIRECTORY}/warm", "fcvm-warm"
+        os.makedirs(f"{root}/bin", exist_ok=True)
+        try:
+            shutil.copy("/bin/busybox", f"{root}/bin/true")
+            specification = {"rootfs": root, "name": name, "command": ["/bin/true"], "netns": {"nsmode": "host"}}
+            identifier = self.request("POST", "/containers/create", specification)["Id"]
+            self.request("POST", f"/containers/{identifier}/init")
+            self.request("POST", f"/containers/{identifier}/start")
+            self.request("POST", f"/containers/{identifier}/wait?condition=exited")
+        finally:
+            with contextlib.suppress(PodmanError):
+                self.request("DELETE", f"/containers/{name}?force=true&timeout=0")
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def escape(name: str) -> str:
     """A name for a URL's path."""
+    from urllib.parse import quote
+
     return quote(name, safe="")

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import select
 import signal
 import socket
@@ -438,7 +437,7 @@ class Server:
         if request is None:
             raise LaunchError("The opening line is neither a request nor a session to resume.")
         grace = self._default_grace if request.grace is None else request.grace
-        session = Session(secrets.token_hex(8), self._launcher(request), grace)
+        session = Session(os.urandom(8).hex(), self._launcher(request), grace)
         with self._lock:
             self._sessions[session.identifier] = session
         session.offer(connection, 0, rest)

@@ -372,6 +372,17 @@ def test_a_new_identity(guest: Guest) -> None:
     assert not thread.is_alive()
 
 
+def test_warming_up_leaves_nothing(guest: Guest) -> None:
+    guest.send({"type": "warm"})
+    guest.wait("warmed")
+    assert b"cannot" not in (guest.directory / "console").read_bytes()
+    assert guest.exec("podman", "ps", "-aq", target="vm")[1] == b""
+    assert guest.exec("ls", "/run/fcvm", target="vm")[1].split() == [b"podman.sock"]
+    guest.plan("echo", "works")
+    guest.wait("started")
+    assert guest.main()[1] == b"works\n"
+
+
 def test_image_health_check(guest: Guest) -> None:
     guest.plan("sh", "-c", "sleep 1; touch /tmp/up; sleep 1000", health=HealthPlan("image"))
     guest.wait("started")
