@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from baremetal import Guest
 from fcvm.firecracker import boot
 from fcvm.setup import Assets
 from fcvm.snapshots import create, servers, store
+from fcvm.snapshots.client import Clone, Wanted
 from fcvm.storage.layout import Layout
 from fcvm.vm import state
 from fcvm.vm.spec import ImageUse, RunSpec
@@ -159,8 +161,6 @@ def names(layout: Layout) -> list[str]:
 
 def wait_until(layout: Layout, expected: list[str]) -> None:
     """Wait until the clones of the servers are ``expected``."""
-    import threading
-
     for _ in range(1200):
         if names(layout) == expected:
             return
@@ -286,6 +286,32 @@ def test_served_memory_and_its_working_set(layout: Layout) -> None:
         assert listed["taken"] == 1
 
 
+def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> None:
+    def held(pid: int) -> tuple[int, int]:
+        return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+    def come_and_go(count: int) -> None:
+        clones = [Clone(layout, server.pid, Wanted(None, [])) for _ in range(count)]
+        for clone in clones:
+            clone.started()
+        for clone in clones:
+            clone.close()
+        wait_until(layout, [])
+        for _ in range(1200):  # and the pool refills
+            if servers.running(layout)[0]["ready"] == 2:
+                return
+            threading.Event().wait(0.05)
+
+    with serving(layout, backend="uffd", minimum=2, maximum=2) as server:
+        come_and_go(2)
+        before = held(server.pid)
+        for _ in range(15):
+            come_and_go(2)
+        after = held(server.pid)
+        assert after[0] <= before[0] + 1, "a thread that just answered us may hold one"
+        assert after[1] <= before[1] + 1
+
+
 def test_listing(layout: Layout) -> None:
     assert json.loads(fcvm(layout, "snapshot", "ls", "--json").stdout) == []
     with serving(layout, minimum=2) as server:
@@ -349,3 +375,78 @@ def test_bad_input(layout: Layout, words: list[str], message: str) -> None:
     done = fcvm(layout, "snapshot", *words, check=125)
     assert message in done.stderr
     assert done.stdout == ""
+
+
+# ---- without a server
+
+DIRECT = """
+import sys
+from fcvm import config
+from fcvm.cli.main import report
+from fcvm.errors import FcvmError
+from fcvm.snapshots import direct, verify
+from fcvm.snapshots.client import Wanted
+
+settings = config.load()
+try:
+    if sys.argv[1] == "verify":
+        for check in verify.verify("warm", settings):
+            print(check.passed, check.name, check.detail, flush=True)
+    else:
+        sys.exit(direct.run(sys.argv[1], Wanted("one", []), settings, command=sys.argv[2:] or None))
+except FcvmError as error:
+    report(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@contextlib.contextmanager
+def directly(layout: Layout, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen(
+        [sys.executable, "-c", DIRECT, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(layout),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+    assert clean(layout)
+
+
+def test_direct_clone_runs_until_it_is_stopped(layout: Layout) -> None:
+    with directly(layout, "warm") as process:
+        assert line_of(process) == "hello from the container"
+        (record,) = state.records(layout)
+        assert (record.name, record.pid, record.snapshot) == ("one", process.pid, "warm")
+        assert store.in_use(layout, "warm")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 143
+        assert not store.in_use(layout, "warm")
+
+
+def test_direct_clone_for_one_command(layout: Layout) -> None:
+    with directly(layout, "warm", "echo", "ready") as process:
+        stdout, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stdout, stderr) == (0, "ready\n", "")
+
+
+def test_direct_clone_of_nothing(layout: Layout) -> None:
+    with directly(layout, "nothing") as process:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 125
+        assert "There is no snapshot named 'nothing'" in stderr
+
+
+def test_verify_tells_clones_that_are_not_themselves(layout: Layout) -> None:
+    """This guest answers every command alike, so two clones of it have the same random bytes."""
+    with directly(layout, "verify") as process:
+        stdout, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr
+    lines = stdout.splitlines()
+    assert lines[0].startswith("True two clones run")
+    assert lines[1].startswith("False random bytes differ")
+    assert len(lines) == 4 + 2 * 4

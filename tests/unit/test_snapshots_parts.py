@@ -1,0 +1,228 @@
+"""The small parts of fcvm.snapshots and of its commands."""
+
+import itertools
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fcvm.cli.snapshot import distributed, pool_size
+from fcvm.errors import FcvmError, NotFoundError, SnapshotError, UsageError
+from fcvm.linux import holes
+from fcvm.snapshots import page_faults, servers, working_set
+from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
+from fcvm.storage.layout import Layout
+
+RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=20)
+
+
+def pages(ranges: list[tuple[int, int]]) -> set[int]:
+    return {page for first, count in ranges for page in range(first, first + count)}
+
+
+@given(RANGES)
+def test_joined_ranges_are_ascending_apart_and_cover_the_same(ranges: list[tuple[int, int]]) -> None:
+    result = working_set.joined(ranges, gap=0)
+    assert pages(result) == pages(ranges)
+    assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(result))
+    wide = working_set.joined(ranges, gap=8)
+    assert pages(wide) >= pages(ranges)
+    assert all(a + n + 8 < b for (a, n), (b, _) in itertools.pairwise(wide))
+
+
+@given(RANGES)
+def test_chunks_are_small_and_cover_the_same(ranges: list[tuple[int, int]]) -> None:
+    result = list(page_faults.chunks([(first, count * 50) for first, count in ranges]))
+    assert pages(result) == pages([(first, count * 50) for first, count in ranges])
+    assert all(count <= page_faults.CHUNK for _, count in result)
+
+
+@given(st.binary(max_size=200))
+def test_present_pages(states: bytes) -> None:
+    assert pages(page_faults.present(states)) == {n for n, state in enumerate(states) if state in (1, 3)}
+
+
+def test_working_set_file(tmp_path: Path) -> None:
+    assert working_set.load(tmp_path / "missing") == []
+    (tmp_path / "set").write_text("[[1, 2], [9, 1]]")
+    assert working_set.load(tmp_path / "set") == [(1, 2), (9, 1)]
+    for damage in ("", "[1]", '{"a": 1}', "[[1]]", '[["x", 1]]'):
+        (tmp_path / "set").write_text(damage)
+        with pytest.raises(SnapshotError, match="damaged"):
+            working_set.load(tmp_path / "set")
+
+
+def sparse(path: Path, size: int, *data: int) -> Path:
+    """A file of ``size`` pages, with a page of data at each of ``data``."""
+    with open(path, "wb") as file:
+        file.truncate(size * PAGE)
+        for page in data:
+            file.seek(page * PAGE)
+            file.write(b"x" * PAGE)
+    return path
+
+
+def test_memory_knows_its_holes(tmp_path: Path) -> None:
+    memory = Memory(sparse(tmp_path / "m", 64, 0, 5, 6, 63))
+    assert memory.pages == 64
+    assert {page for page in range(64) if memory.data[page]} == {0, 5, 6, 63}
+    memory.close()
+    empty = Memory(sparse(tmp_path / "e", 8))
+    assert not any(empty.data)
+    empty.close()
+
+
+class OfClone:
+    """What ``Server._window`` looks at."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+
+@pytest.mark.parametrize(
+    ("window", "page", "expected"),
+    [
+        (16, 1000, (992, 1008)),  # data: the window around it
+        (16, 4, (0, 256)),  # a hole: as far as it reaches within the large window
+        (16, 300, (256, 512)),
+        (16, 600, (512, 768)),  # data begins at 768
+        (16, 770, (768, 784)),  # data right there
+        (1, 4, (4, 5)),  # recording: nothing but the page
+        (16, 2047, (2032, 2048)),  # not beyond the region
+    ],
+)
+def test_window_of_a_fault(tmp_path: Path, window: int, page: int, expected: tuple[int, int]) -> None:
+    memory = Memory(sparse(tmp_path / "m", 4096, *range(768, 2048)))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = page_faults.Server(memory, ours)
+        region = Region(address=1 << 30, size=2048 * PAGE, offset=0)
+        assert server._window(OfClone(window), region, page) == expected  # type: ignore[arg-type]
+        server.poll.close()
+    memory.close()
+    assert HOLE_WINDOW == 256
+
+
+@given(st.lists(st.booleans(), min_size=512, max_size=512), st.integers(0, 511), st.sampled_from([1, 4, 16, 64]))
+def test_window_always_holds_the_page_and_its_small_window(data: list[bool], page: int, window: int) -> None:
+    server = page_faults.Server.__new__(page_faults.Server)
+    server.memory = Memory.__new__(Memory)
+    server.memory.data = bytes(data)
+    first, end = server._window(OfClone(window), Region(0, 512 * PAGE, 0), page)  # type: ignore[arg-type]
+    assert first <= page // window * window
+    assert min(512, page // window * window + window) <= end <= 512
+    if not data[page] and window > 1:  # beyond the small window there is nothing but hole
+        outside = [*range(first, page // window * window), *range(page // window * window + window, end)]
+        assert not any(data[p] for p in outside)
+
+
+def test_regions_of_a_handshake() -> None:
+    message = [{"base_host_virt_addr": 4096, "size": 8192, "offset": 0, "page_size": 4096, "page_size_kib": 4096}]
+    assert page_faults.regions(message) == [Region(4096, 8192, 0)]
+    assert page_faults.regions([{"base_host_virt_addr": 0, "size": 1, "offset": 0, "page_size_kib": 4}])
+    with pytest.raises(ValueError, match="2097152"):
+        page_faults.regions([{"base_host_virt_addr": 0, "size": 1, "offset": 0, "page_size": 2 << 20}])
+
+
+def test_zeros_become_holes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = bytes(1 << 20) + b"data" + bytes((1 << 20) - 4) + b"end"
+    path.write_bytes(content)
+    before = path.stat().st_blocks
+    dug = holes.dig(path)
+    assert path.read_bytes() == content
+    assert dug >= (2 << 20) - 2 * holes.BLOCK
+    assert path.stat().st_blocks < before // 4
+    assert holes.dig(path) == 0
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("0", (0, 0)), ("1-16", (1, 16)), ("0-2", (0, 2))])
+def test_pool_size(text: str, expected: tuple[int, int]) -> None:
+    assert pool_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "3-1", "1-x", "1-2-3"])
+def test_bad_pool_size(text: str) -> None:
+    with pytest.raises(UsageError):
+        pool_size(text)
+
+
+def test_ports_of_a_fleet() -> None:
+    assert distributed(["8081-8083:80", "0:443"], 3) == [
+        ["8081:80", "0:443"],
+        ["8082:80", "0:443"],
+        ["8083:80", "0:443"],
+    ]
+    assert distributed(["127.0.0.1:8081-8082:80/tcp,53"], 2) == [
+        ["127.0.0.1:8081:80/tcp", "53"],
+        ["127.0.0.1:8082:80/tcp", "53"],
+    ]
+    assert distributed(["[::1]:90-91:80"], 2) == [["[::1]:90:80"], ["[::1]:91:80"]]
+    assert distributed(["8080:80,9000-9002:9000-9002"], 1) == [["8080:80,9000-9002:9000-9002"]]
+    assert distributed([], 2) == [[], []]
+
+
+@pytest.mark.parametrize("text", ["8080:80", "8080-8081:80", "127.0.0.1:8080:80"])
+def test_clones_cannot_share_a_port(text: str) -> None:
+    with pytest.raises(UsageError, match="3 clones cannot share") as caught:
+        distributed([text], 3)
+    assert caught.value.hint == "--publish 8081-8083:80"
+
+
+def test_lines_end_with_the_connection_or_with_nonsense() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"a": 1}\n{"b"')
+        lines = servers.lines(ours)
+        assert next(lines) == {"a": 1}
+        theirs.sendall(b": 2}\n[]\n{}\n")
+        assert next(lines) == {"b": 2}
+        assert next(lines, None) is None
+    ours, theirs = socket.socketpair()
+    with ours:
+        theirs.close()
+        assert list(servers.lines(ours)) == []
+
+
+def test_request_comes_with_its_descriptors() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        read, write = os.pipe()
+        socket.send_fds(theirs, [b'{"op": "run"}\n'], [write])
+        os.close(write)
+        request, fds = servers.receive(ours)
+        assert request == {"op": "run"}
+        os.write(fds[0], b"x")
+        assert os.read(read, 1) == b"x"
+        os.close(fds[0])
+        os.close(read)
+        for nonsense in (b"[]\n", b"nonsense\n"):
+            theirs.sendall(nonsense)
+            with pytest.raises(ValueError):  # noqa: PT011
+                servers.receive(ours)
+
+
+def test_answers_that_are_errors() -> None:
+    assert servers.checked({"ok": 1}) == {"ok": 1}
+    with pytest.raises(FcvmError, match="sorry") as caught:
+        servers.checked({"error": "sorry", "hint": "fcvm ls", "exit_code": 126})
+    assert (caught.value.hint, caught.value.exit_code) == ("fcvm ls", 126)
+
+
+def test_registered_server_is_alone_and_found(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    stale = layout.directory("servers") / "1234567"
+    stale.mkdir()
+    (stale / servers.INFO).write_text(json.dumps({"pid": 1234567}))
+    with servers.registered(layout, {"pid": os.getpid()}) as directory:
+        assert directory.name == str(os.getpid())
+        assert not stale.exists(), "what a killed server left is removed"
+        assert servers._alive(directory)
+        assert servers.running(layout) == [], "it does not answer yet"
+        with pytest.raises(NotFoundError):
+            servers.call(layout, os.getpid(), {"op": "status"})
+    assert not directory.exists()
