@@ -126,15 +126,25 @@ def set_up(world: World, mode: str, rounds: int) -> dict[str, Any]:
     directory = world.directory / mode
     directory.mkdir()
     wanted = spec.parse(mode, ["8080:80"])
+    interfaces = world.host.interfaces()
+
+    def settle() -> None:
+        """Wait until the kernel has taken the last namespace apart, which holds locks that a set-up needs."""
+        while world.host.interfaces() != interfaces:
+            time.sleep(0.005)
+        time.sleep(0.02)
+
     for number in range(rounds + 2):
         made: list[Any] = []
         up = world.host.run(lambda made=made: milliseconds(lambda: made.append(attach.create(wanted, "vm", directory))))
         off = world.host.run(lambda made=made: milliseconds(made[0].close))
+        settle()
         if mode == "bridged":
             by_hand = milliseconds(lambda: world.host.shell(BY_HAND))
             world.host.shell(REMOVE_BY_HAND)
         else:
             by_hand = slirp_by_hand(world)
+        settle()
         if number >= 2:  # after warming up
             ours.append(up)
             down.append(off)

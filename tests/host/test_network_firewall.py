@@ -3,12 +3,13 @@
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from network_world import HOST_IP, LAN_IP, FakeGuest, World, needs_root
+from network_world import HOST_IP, LAN_IP, TIMEOUT, FakeGuest, World, needs_root
 
 from fcvm.errors import NetworkError
 from fcvm.linux import nft
@@ -153,6 +154,21 @@ def test_rules_of_a_killed_vm_are_swept_when_no_vm_is_left(world: World) -> None
     world.host.run(firewall.open_up)
     world.host.run(firewall.sweep)
     assert ruleset(world) == before
+
+
+def test_docker_starts_later(world: World) -> None:
+    network, guest = start(world)
+    works(world, network, guest)
+    before = ruleset(world)
+    world.host.shell(DOCKER)
+    lan = world.server(world.lan, "lan", LAN_IP)
+    end = time.monotonic() + TIMEOUT
+    while not guest.reachable(LAN_IP, lan.port, wait=0.5):
+        assert time.monotonic() < end
+    works(world, network, guest)
+    world.host.run(network.close)
+    assert "fcvm" not in ruleset(world)
+    assert "fcvm*" not in before.replace('oifname != "fcvm*"', "")
 
 
 def test_somebody_elses_own_table(world: World) -> None:

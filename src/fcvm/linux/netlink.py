@@ -33,10 +33,13 @@ NLMSGERR_ATTR_MSG = 1
 NLA_F_NESTED = 0x8000
 NLA_TYPE_MASK = 0x3FFF
 SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
 
 HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH").pack
+_PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 _RECEIVE = 1 << 16
 
 
@@ -52,7 +55,7 @@ class Message:
 def attribute(type: int, value: bytes) -> bytes:
     """One attribute, padded."""
     length = 4 + len(value)
-    return struct.pack("=HH", length, type) + value + bytes(-length % 4)
+    return _ATTRIBUTE(length, type) + value + _PADDING[-length & 3]
 
 
 def nested(type: int, *attributes: bytes) -> bytes:
@@ -113,11 +116,14 @@ class Socket:
     def close(self) -> None:
         self._socket.close()
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
+    def subscribe(self, group: int) -> socket.socket:
+        """Receive what the kernel tells ``group`` from now on; returns the socket itself, to wait on and read from."""
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        self._socket.setblocking(False)
+        return self._socket
 
-    def request(self, messages: Sequence[Message]) -> list[bytes]:
-        """Send ``messages`` at once, wait for the answer to each that asks for one, and return the bodies of replies.
+    def request(self, requests: Sequence[Message]) -> list[bytes]:
+        """Send ``requests`` at once, wait for the answer to each that asks for one, and return the bodies of replies.
 
         Raises:
             NetlinkError: for the first message that was refused, once all of them have been answered (rtnetlink
@@ -125,7 +131,7 @@ class Socket:
         """
         waiting: dict[int, int] = {}
         packet = bytearray()
-        for index, message in enumerate(messages):
+        for index, message in enumerate(requests):
             self._sequence += 1
             if message.flags & NLM_F_ACK:
                 waiting[self._sequence] = index
@@ -175,12 +181,16 @@ class Socket:
                 found.append((type, body))
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        data = self._socket.recv(_RECEIVE)
-        offset = 0
-        while offset + HEADER.size <= len(data):
-            size, type, flags, sequence, _ = HEADER.unpack_from(data, offset)
-            yield type, flags, sequence, data[offset + HEADER.size : offset + size]
-            offset += size + 3 & ~3
+        return messages(self._socket.recv(_RECEIVE))
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, flags, sequence number and body of each message in what was received at once."""
+    offset = 0
+    while offset + HEADER.size <= len(data):
+        size, type, flags, sequence, _ = HEADER.unpack_from(data, offset)
+        yield type, flags, sequence, data[offset + HEADER.size : offset + size]
+        offset += size + 3 & ~3
 
 
 def _refusal(body: bytes, flags: int, index: int) -> NetlinkError | None:

@@ -45,6 +45,7 @@ class Bridged:
     sockets: tuple[socket.socket, ...]
     mtu: int
     ipv6: bool
+    families: tuple[int, ...]
     changed: tuple[str, ...]
     subnet: Subnet
     table: str
@@ -83,6 +84,10 @@ class Bridged:
             target = relay.target(self.host_ip, reservation.publish.guest_port)
             for sock in reservation.sockets:
                 relay.start(loop, sock, [target])
+
+    def attend(self, loop: Loop) -> None:
+        """Stay beside other firewalls when they change."""
+        firewall.keep_open(loop, self.families)
 
     def forget(self) -> None:
         """Have the kernel decide anew where packets to our UDP ports go."""
@@ -150,7 +155,8 @@ def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: E
     changed = host.enable_forwarding()
     changed6 = host.enable_forwarding6(way_out6.name, subnet.interface) if way_out6 else None
     ipv6 = changed6 is not None
-    added = firewall.open_up((nft.IPV4, nft.IPV6) if ipv6 else (nft.IPV4,))
+    families = (nft.IPV4, nft.IPV6) if ipv6 else (nft.IPV4,)
+    added = firewall.open_up(families)
     table = f"{PREFIX}-{vm_id}"
     owner = nft.open_socket()
     up = Bridged(
@@ -158,6 +164,7 @@ def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: E
         sockets=sockets,
         mtu=mtu,
         ipv6=ipv6,
+        families=families,
         changed=(*changed, *(changed6 or ()), *added),
         subnet=subnet,
         table=table,

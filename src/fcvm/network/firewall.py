@@ -21,6 +21,7 @@ from fcvm.errors import FcvmError, NetworkError
 from fcvm.linux import netlink, nft, rtnetlink
 from fcvm.linux.netlink import NetlinkError
 from fcvm.linux.nft import Chain
+from fcvm.network.loop import READ, Loop
 from fcvm.network.subnets import POOLS, PREFIX
 from fcvm.storage.layout import locked
 
@@ -32,6 +33,8 @@ INTERFACES = f"{PREFIX}*"
 LEGACY = {nft.IPV4: ("iptables-legacy", "ip_tables_names"), nft.IPV6: ("ip6tables-legacy", "ip6_tables_names")}
 # what a rule consists of that matches everything and ends badly
 _UNCONDITIONAL = {"counter", "log", "limit", "immediate", "reject"}
+_EVENT = 1 << 16  # bytes
+_QUIET = 0.3  # seconds from a change to a look: changes come in numbers
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,33 @@ def open_up(families: tuple[int, ...] = (nft.IPV4,)) -> list[str]:
     return added
 
 
+def keep_open(loop: Loop, families: tuple[int, ...]) -> None:
+    """Do the same again whenever other tables change: Docker starts, firewalld is reloaded."""
+    sock = nft.open_socket().subscribe(nft.NFNLGRP_NFTABLES)
+    waiting = False
+
+    def again() -> None:
+        nonlocal waiting
+        waiting = False
+        try:
+            open_up(families)
+        except (FcvmError, OSError) as error:
+            _log.warning("The firewall of this host has changed, and VMs may be cut off: %s", error)
+
+    def changed(_: int) -> None:
+        nonlocal waiting
+        try:
+            foreign = nft.concerns(sock.recv(_EVENT), but=f"{PREFIX}-")
+        except OSError as error:
+            foreign = error.errno == errno.ENOBUFS  # so much has changed that some of it was not told
+        if foreign and not waiting:
+            waiting = True
+            loop.after(_QUIET, again)
+
+    loop.own(sock)
+    loop.call(lambda: loop.watch(sock, READ, changed))
+
+
 def ending(route: netlink.Socket, index: int) -> None:
     """Note on a VM's interface that it is going: the kernel takes its time to remove it. Then ``sweep``."""
     with suppress(NetlinkError):
@@ -74,10 +104,10 @@ def sweep() -> None:
                 with _lock():
                     if _vms():
                         return
-                    batch = nft.Batch()
                     for rule in [rule for base in hooked for rule in _ours(sock, _place(sock, base))]:
+                        batch = nft.Batch(rule.family)
                         batch.delete_rule(rule)
-                    batch.commit(sock)
+                        batch.commit(sock)
                     if legacy:
                         _remove_legacy(LEGACY[family][0])
 
@@ -124,10 +154,10 @@ def _ours(sock: netlink.Socket, chain: Chain) -> list[nft.Rule]:
 def _insert(sock: netlink.Socket, chain: Chain) -> list[str]:
     if _ours(sock, chain):
         return []
-    batch = nft.Batch()
+    batch = nft.Batch(chain.family)
     for match in (nft.oifname(INTERFACES), nft.iifname(INTERFACES)):
         expressions = (match, nft.counter(), nft.verdict(nft.ACCEPT))
-        batch.rule(chain.table, chain.name, *expressions, family=chain.family, first=True, comment=COMMENT)
+        batch.rule(chain.table, chain.name, *expressions, first=True, comment=COMMENT)
     where = f"{chain.table} {chain.name}"
     try:
         batch.commit(sock)

@@ -31,6 +31,9 @@ class Isolated:
         """There is nothing to publish: ``spec.parse`` refuses it."""
         assert not published
 
+    def attend(self, loop: Loop) -> None:
+        """Nothing of the host's changes what is here."""
+
     def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
         """There is nothing to serve."""
         assert not reservations

@@ -55,6 +55,9 @@ class Rootless:
     def open(self, published: Sequence[Publish]) -> None:
         """The namespace lets in what slirp4netns brings; ``serve`` does the rest."""
 
+    def attend(self, loop: Loop) -> None:
+        """Nothing of the host's changes what is here."""
+
     def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
         """Let ports of the host lead to the guest.
 
