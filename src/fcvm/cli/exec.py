@@ -34,10 +34,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--workdir", "-w", metavar="DIR", help="working directory (default: the container's)")
     add("--privileged", action="store_true", help="all capabilities")
     add("words", nargs=argparse.REMAINDER, metavar="NAME [--] COMMAND ...", help="the VM, then the command")
+    parser.set_defaults(parser=parser)
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:
     target.take_name(args)
+    parser = vars(args).pop("parser")
+    if args.words[:1] and args.words[0].startswith("-"):  # options may also stand behind the name: exec NAME --vm -- ls
+        parser.parse_args(args.words, args)
+        del args.parser
+    if args.words[:1] == ["--"]:
+        args.words.pop(0)
     if not args.words:
         raise UsageError("No command is given.", hint=f"fcvm exec {args.name or f'--pid {args.pid}'} -- sh")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()

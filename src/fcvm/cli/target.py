@@ -30,8 +30,6 @@ def take_name(args: argparse.Namespace) -> None:
         if not args.words or args.words[0] == "--":
             raise UsageError("No VM is named.", hint="fcvm ls shows the VMs that run")
         args.name = args.words.pop(0)
-    if args.words[:1] == ["--"]:
-        args.words.pop(0)
 
 
 def find_vm(args: argparse.Namespace, layout: Layout, *, alive: bool = True) -> Record:

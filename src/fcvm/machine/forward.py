@@ -45,7 +45,7 @@ def forward(envelope: Mapping[str, Any], config: Config) -> int:
         env=environment(wanted),
         cwd="/",
         tty=_has_terminal(),
-        stdin=True,
+        stdin=_has_terminal() or bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
         grace=0,
     )
     try:
