@@ -1,7 +1,9 @@
 """What is true of a network in both modes, with real traffic between namespaces: host, another host, guest."""
 
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -231,6 +233,40 @@ def test_a_port_in_use_is_an_error_and_leaves_nothing(world: World, mode: str, s
         start(f"{server.port}:80")
     assert world.host.interfaces() == interfaces
     assert world.host.tables() == tables
+
+
+def test_the_rules_read_as_they_are_meant(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    try:
+        wanted = spec.parse("bridged", ["8080:80,127.0.0.1:5353:53/udp"], ["5432"])
+        network = world.network(wanted)
+        inner = network.describe()["host_ip"]
+        outer = str(ip_address(inner) - 1)
+        interface = network.describe()["interface"]
+        listed = world.host.shell("nft list ruleset")
+        inside = subprocess.run(
+            ["nft", "list", "ruleset"], preexec_fn=network.enter, capture_output=True, text=True, check=True
+        ).stdout
+    finally:
+        world.close()
+    rules = [line.strip() for line in (listed + inside).splitlines()]
+    for rule in (
+        "flags owner",
+        f"meta nfproto ipv4 fib daddr type local tcp dport 8080 dnat ip to {inner}:80",
+        f"ip daddr 127.0.0.1 udp dport 5353 dnat ip to {inner}:53",
+        f'oifname != "fcvm*" ip saddr {inner} masquerade',
+        f'oifname "{interface}" ip saddr 127.0.0.0/8 masquerade',
+        f'iifname "up0" ip saddr {outer} dnat ip to 10.0.2.100',
+        'iifname "tap0" ip daddr 10.0.2.2 tcp dport 5432 accept',
+        f'iifname "tap0" ip daddr 10.0.2.2 meta l4proto tcp dnat ip to {outer}',
+        'iifname "up0" meta nfproto ipv4 tcp dport 80 dnat ip to 10.0.2.100',
+        f'oifname "up0" meta nfproto ipv4 snat ip to {inner}',
+        "type filter hook forward priority filter; policy drop;",
+        "ct state established,related accept",
+        'iifname "up0" oifname "tap0" ct status dnat accept',
+    ):
+        assert rule in rules, rule
+    assert not [rule for rule in rules if "udp dport 53 " in rule]  # that of the loopback is the host's alone
 
 
 def test_the_guest_of_network_none_reaches_nothing(world: World) -> None:

@@ -244,5 +244,5 @@ def _translate(batch: nft.Batch, table: str, subnet: Subnet, published: Sequence
 
 
 def _public(published: Sequence[Publish]) -> list[Publish]:
-    """Those that others than the host itself may reach."""
-    return [publish for publish in published if not (publish.host_ip and ip_address(publish.host_ip).is_loopback)]
+    """Those that others than the host itself are translated to; relays, which serve IPv6, are the host itself."""
+    return [p for p in published if not p.host_ip or not (":" in p.host_ip or ip_address(p.host_ip).is_loopback)]
