@@ -1,5 +1,6 @@
 """The inside of ``agent_guest.py``: makes an image and becomes the agent. Runs with the guest image's Python."""
 
+import functools
 import io
 import os
 import socket
@@ -12,7 +13,7 @@ sys.path.insert(0, "/run/src")
 os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root")
 os.environ["CONTAINERS_CONF_OVERRIDE"] = "/run/override.conf"
 
-from fc_agent import init, linux
+from fc_agent import init, linux, volumes
 from fc_agent.agent import Agent
 from fc_agent.podman import Service
 
@@ -42,9 +43,13 @@ def image() -> None:
     subprocess.run(["podman", "import", "-q", *changes, "/run/bb.tar", "localhost/bb"], check=True)
 
 
-def connect() -> socket.socket:
+def connect(name: str = "control") -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect("/run/test/control")
+    try:
+        connection.connect(f"/run/test/{name}")
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 
@@ -67,6 +72,7 @@ def main() -> None:
     init.loopback_up()
     linux.add_entropy = keep
     time.clock_settime_ns = keep
+    volumes._connector = lambda port: functools.partial(connect, f"volume-{port}")
     service = Service()
     image()
     Agent(service, connect=connect, listen=listen).run()

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan
+from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
 from fcvm import config
 from fcvm.agent.session import Client, Exit, Request, Resume, stream
 
@@ -79,11 +79,12 @@ class Guest:
             if message["type"] == kind:
                 return message
 
-    def plan(self, *command: str, **options: Any) -> None:
+    def plan(self, *command: str, volumes: Sequence[VolumePlan] = (), **options: Any) -> None:
         plan = Plan(
             identity("box"),
             ContainerPlan(**{"image": "localhost/bb", "command": list(command) or None, **options}),
             NetworkPlan("10.0.2.100/24", "10.0.2.2", dns=["10.0.2.3"], hosts={"host.containers.internal": "10.0.2.2"}),
+            list(volumes),
         )
         self.send({"type": "plan", **plan.to_json()})
 
@@ -370,6 +371,43 @@ def test_a_new_identity(guest: Guest) -> None:
     assert b"clone" in guest.exec("cat", "/etc/hosts")[1]
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_volumes(guest: Guest, tmp_path: Path) -> None:
+    directory, file = tmp_path / "host", tmp_path / "file"
+    directory.mkdir()
+    (directory / "one").write_text("1\n")
+    file.write_text("single\n")
+    servers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "fuse_pipe",
+                "serve",
+                str(path),
+                "--socket",
+                str(tmp_path / f"volume-{port}"),
+                *options,
+            ],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        )
+        for port, path, options in ((5000, directory, ()), (5001, file, ("--ro",)))
+    ]
+    try:
+        while not all((tmp_path / f"volume-{port}").exists() for port in (5000, 5001)):
+            assert all(server.poll() is None for server in servers)
+        script = "cat /data/one /etc/single; echo 2 > /data/two; echo x > /etc/single || echo read-only"
+        volumes = [VolumePlan(5000, "/data"), VolumePlan(5001, "/etc/single", read_only=True, file=True)]
+        guest.plan("/bin/sh", "-c", script, volumes=volumes)
+        guest.wait("started")
+        assert guest.main()[1] == b"1\nsingle\nread-only\n"
+        assert (directory / "two").read_text() == "2\n"
+        assert guest.exec("cat", "/data/two", target="vm")[1] == b"2\n"
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
 
 
 def test_warming_up_leaves_nothing(guest: Guest) -> None:
