@@ -56,24 +56,25 @@ def build(config: Config, layout: Layout, progress: Progress, *, force: bool = F
 def debootstrap(config: Config, work: Path, step: Step) -> None:
     """Run mmdebstrap: leaves ``root.tar`` and ``recipe.OUTPUTS`` in ``work``."""
     record = work / "mmdebstrap.log"
-    with workspace.scratch(work) as temporary:
-        command = mmdebstrap(config, work)
-        step.note("starting mmdebstrap")
-        process = spawn(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"TMPDIR": str(temporary)})
-        assert process.stderr is not None
-        try:
-            with process.stderr, record.open("wb") as copy:
-                for line in process.stderr:
-                    copy.write(line)
-                    text = line.decode(errors="replace").rstrip()
-                    log.debug(text)
-                    if text.startswith("I: "):
-                        step.note(text[3:].rstrip("."))
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+    chroot = work / "chroot"
+    chroot.mkdir()
+    command = mmdebstrap(config, work)
+    step.note("starting mmdebstrap")
+    process = spawn(command, stderr=subprocess.PIPE, env={"TMPDIR": str(chroot)})
+    assert process.stderr is not None
+    try:
+        with process.stderr, record.open("wb") as copy:
+            for line in process.stderr:
+                copy.write(line)
+                text = line.decode(errors="replace").rstrip()
+                log.debug(text)
+                if text.startswith("I: "):
+                    step.note("adding the kernel" if " hook" in text or "-hook" in text else text[3:].rstrip("."))
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     if code != 0:
         raise explain(command, code, record.read_bytes(), config)
 
@@ -90,18 +91,18 @@ def mmdebstrap(config: Config, work: Path) -> list[str]:
         *(f"--customize-hook=download /tmp/fcvm/{name} {work / name}" for name in recipe.OUTPUTS),
         '--customize-hook=rm -r "$1/tmp/fcvm"',
         "--format=tar",
+        "--mode=root",
     ]
     if KEYRING.exists():
         options.append(f"--keyring={KEYRING}")
-    if os.geteuid() == 0:
-        # A PID namespace of its own: when we are killed, everything in it dies with its first process, and no mount
-        # is left over. An ordinary user's mmdebstrap makes such namespaces itself.
-        prefix = [find("unshare", package="util-linux"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        options.append("--mode=root")
-    else:
-        prefix = []
-        options.append("--mode=unshare")
-    return [*prefix, find("mmdebstrap"), *options, config.debian_suite, str(work / "root.tar"), *archive(config)]
+    return [
+        *workspace.namespaces(),
+        find("mmdebstrap"),
+        *options,
+        config.debian_suite,
+        str(work / "root.tar"),
+        *archive(config),
+    ]
 
 
 def archive(config: Config) -> list[str]:

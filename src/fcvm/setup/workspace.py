@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fcvm.errors import HostError
-from fcvm.process import run
+from fcvm.process import find, run
 from fcvm.setup.progress import Step, size
 from fcvm.storage.layout import Layout, remove
 
@@ -48,29 +48,15 @@ def waiting(path: Path, step: Step) -> Iterator[None]:
         os.close(fd)
 
 
-@contextmanager
-def scratch(work: Path) -> Iterator[Path]:
-    """A directory for mmdebstrap's chroot: in ``work`` for root, else in /var/tmp, where subordinate ids may enter."""
-    if os.geteuid() == 0:
-        path = work / "chroot"
-    else:
-        path = Path(f"/var/tmp/fcvm-{os.getuid()}-{work.name}")
-        _clear_subordinate(path)
-    path.mkdir(mode=0o755)
-    try:
-        yield path
-    finally:
-        if os.geteuid() == 0:
-            clear(path)
-        else:
-            _clear_subordinate(path)
+def namespaces() -> list[str]:
+    """The start of a command line for a program that acts as root on files in a work directory, mounts there, and forks.
 
-
-def _clear_subordinate(path: Path) -> None:
-    """Remove a directory that may hold files of our subordinate ids, which only our user namespace can remove."""
-    if path.exists():
-        run(["mmdebstrap", "--unshare-helper", "rm", "-rf", *path.iterdir()], check=False)
-        remove(path)
+    A PID namespace of its own: when we are killed, everything in it dies with its first process, and no mount is left
+    over. For an ordinary user, a user namespace too, in which the user is root and the subordinate ids are everyone else.
+    """
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user", "--map-auto"]
+    unshare = find("unshare", package="util-linux")
+    return [unshare, *user, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def clear(path: Path) -> None:
@@ -79,7 +65,10 @@ def clear(path: Path) -> None:
         Path(line.split()[4]).is_relative_to(path) for line in Path("/proc/self/mountinfo").read_text().splitlines()
     ):
         raise HostError(f"Something is mounted below {path}.", hint=f"findmnt | grep {path}; umount it and try again")
-    remove(path)
+    try:
+        remove(path)
+    except PermissionError:  # files of our subordinate ids
+        run([*namespaces(), "rm", "-rf", path])
 
 
 def publish(built: Path, destination: Path) -> None:
