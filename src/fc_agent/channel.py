@@ -16,8 +16,8 @@ import json
 import socket
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing is slow to import, and the client of `fcvm exec` counts milliseconds
     from typing import Any
 

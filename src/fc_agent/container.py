@@ -55,6 +55,7 @@ class Container:
         if plan.tty:
             self.attached.resize(plan.rows, plan.columns)
         self._kill_timer: threading.Timer | None = None
+        self._oom_kills = oom_kills()
 
     def start(self) -> None:
         """Let it run.
@@ -82,6 +83,10 @@ class Container:
                 os.read(self._events, 4096)
         code = 137 if message else _read_number(result)
         oom = any(os.path.exists(f"{place}/oom") for place in (f"{EXITS}/{self.id}", self.directory))
+        if code == 137 and oom_kills() > self._oom_kills:
+            oom = True
+        if message is None:
+            message = why(code, oom)
         if self._kill_timer is not None:
             self._kill_timer.cancel()
         self.attached.finish(code, message)
@@ -153,6 +158,23 @@ def start_code(message: str) -> int:
     if "not found" in text or "no such file" in text:
         return 127
     return 126
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory, in the whole VM (/proc/vmstat)."""
+    with open("/proc/vmstat") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+
+
+def why(code: int, oom: bool) -> str | None:
+    """What the user should know about a container that ended badly; None if its exit code says it all."""
+    if oom:
+        return "The container was killed because the VM has no memory left."
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(podman.STORAGE)
+        if code != 0 and disk.f_bavail < disk.f_blocks // 1000:
+            return "The VM's disk is full."
+    return None
 
 
 def signal_number(name: str) -> int:

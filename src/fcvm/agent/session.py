@@ -11,8 +11,8 @@ import os
 import select
 import signal
 import socket
-import threading
 import time
+from _thread import get_ident  # threading is slow to import
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -128,7 +128,7 @@ class Client:
 
     def _post(self, kind: int, payload: bytes) -> None:
         self._queue.append((kind, payload))
-        if self._printing and threading.get_ident() == self._thread:  # a handler that interrupted a blocked write
+        if self._printing and get_ident() == self._thread:  # a handler that interrupted a blocked write
             with contextlib.suppress(ConnectionError):
                 self._send_queue()
                 self._channel.flush()
@@ -147,7 +147,7 @@ class Client:
             AgentError: the server is gone, or does not speak the protocol.
             OSError: the first ``connect`` failed, or ``on_output`` did (BrokenPipeError); the process is hung up then.
         """
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         try:
             refused = self._open()
             if refused is not None:
@@ -358,10 +358,11 @@ def _handling(number: int, action: Callable[[], None]) -> Iterator[None]:
     def handle(_number: int, _frame: FrameType | None) -> None:
         action()
 
-    if threading.current_thread() is not threading.main_thread():
+    try:
+        before = signal.signal(number, handle)
+    except ValueError:
         yield
         return
-    before = signal.signal(number, handle)
     try:
         yield
     finally:
