@@ -8,6 +8,7 @@ A socket belongs for ever to the network namespace in which it was made, whoever
 before ``unshare`` still speaks for the old namespace: nobody has to move back and forth.
 """
 
+import ctypes
 import os
 import socket
 import struct
@@ -34,6 +35,7 @@ NLA_F_NESTED = 0x8000
 NLA_TYPE_MASK = 0x3FFF
 SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP = 1
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
 
@@ -116,8 +118,17 @@ class Socket:
     def close(self) -> None:
         self._socket.close()
 
-    def subscribe(self, group: int) -> socket.socket:
-        """Receive what the kernel tells ``group`` from now on; returns the socket itself, to wait on and read from."""
+    def subscribe(self, group: int, program: Sequence[tuple[int, int, int, int]] = ()) -> socket.socket:
+        """Receive what the kernel tells ``group`` from now on; returns the socket itself, to wait on and read from.
+
+        Arguments:
+            program: a filter that runs in the kernel, as code, jump if true, jump if false and operand of each
+                instruction (``linux/filter.h``), so that what is not wanted wakes nobody.
+        """
+        if program:
+            code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+            filter = struct.pack("@HP", len(program), ctypes.addressof(code))  # struct sock_fprog
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter)
         self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         self._socket.setblocking(False)
         return self._socket

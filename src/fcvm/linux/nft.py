@@ -17,7 +17,9 @@ when the socket is closed, however the process ended.
 import errno
 import functools
 import ipaddress
+import socket
 import struct
+import sys
 from dataclasses import dataclass
 
 from fcvm.linux import netlink
@@ -46,7 +48,8 @@ RAW, DSTNAT, FILTER, SRCNAT = -300, -100, 0, 100
 NFNL_SUBSYS_NFTABLES = 10
 NFNLGRP_NFTABLES = 7  # every change
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
-NEWTABLE, GETTABLE, _, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE = range(9)
+NEWTABLE, GETTABLE, _, NEWCHAIN, GETCHAIN, _, NEWRULE, GETRULE, DELRULE = range(9)
+NEWGEN = 15
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFT_TABLE_F_OWNER = 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 1, 3, 4, 5, 7
@@ -364,15 +367,25 @@ def _chain(body: bytes) -> Chain:
     )
 
 
-def concerns(event: bytes, *, but: str) -> bool:
-    """Whether something that was received from ``NFNLGRP_NFTABLES`` tells of a table not beginning with ``but``."""
-    for type, _, _, body in netlink.messages(event):
-        if type in (_type(NEWTABLE), _type(NEWCHAIN), _type(DELCHAIN), _type(NEWRULE), _type(DELRULE)):
-            # the table's name has the same attribute in all of them
-            name = attributes(body[4:]).get(NFTA_TABLE_NAME, b"")
-            if not name.startswith(but.encode()):
-                return True
-    return False
+def subscribe(sock: netlink.Socket, *, but: bytes) -> socket.socket:
+    """Hear of every change, but not to tables whose name begins with the five bytes ``but``.
+
+    The first message tells for a whole transaction; the table's name is the first attribute in all that matter.
+    """
+    kind = 4 if sys.byteorder == "little" else 5  # the low byte of the type
+    name = netlink.HEADER.size + 4 + 4  # after struct nfgenmsg and the attribute's header
+    load_byte, load_word, if_equal, end = 0x30, 0x20, 0x15, 0x06  # linux/bpf_common.h
+    program = (
+        (load_byte, 0, 0, kind),
+        (if_equal, 4, 0, NEWGEN),
+        (load_word, 0, 0, name),
+        (if_equal, 0, 3, int.from_bytes(but[:4], "big")),
+        (load_byte, 0, 0, name + 4),
+        (if_equal, 0, 1, but[4]),
+        (end, 0, 0, 0),  # drop
+        (end, 0, 0, 0xFFFFFFFF),
+    )
+    return sock.subscribe(NFNLGRP_NFTABLES, program)
 
 
 def rules(sock: netlink.Socket, family: int, table: str, chain: str) -> list[Rule]:

@@ -63,7 +63,7 @@ def open_up(families: tuple[int, ...] = (nft.IPV4,)) -> list[str]:
 
 def keep_open(loop: Loop, families: tuple[int, ...]) -> None:
     """Do the same again whenever other tables change: Docker starts, firewalld is reloaded."""
-    sock = nft.open_socket().subscribe(nft.NFNLGRP_NFTABLES)
+    sock = nft.subscribe(nft.open_socket(), but=f"{PREFIX}-".encode())
     waiting = False
 
     def again() -> None:
@@ -76,11 +76,9 @@ def keep_open(loop: Loop, families: tuple[int, ...]) -> None:
 
     def changed(_: int) -> None:
         nonlocal waiting
-        try:
-            foreign = nft.concerns(sock.recv(_EVENT), but=f"{PREFIX}-")
-        except OSError as error:
-            foreign = error.errno == errno.ENOBUFS  # so much has changed that some of it was not told
-        if foreign and not waiting:
+        with suppress(OSError):  # ENOBUFS: more has changed than could be told
+            sock.recv(_EVENT)
+        if not waiting:
             waiting = True
             loop.after(_QUIET, again)
 
