@@ -128,13 +128,28 @@ class Client:
 
     def _post(self, kind: int, payload: bytes) -> None:
         self._queue.append((kind, payload))
-        if self._printing and get_ident() == self._thread:  # a handler that interrupted a blocked write
-            with contextlib.suppress(ConnectionError):
-                self._send_queue()
-                self._channel.flush()
+        if self._printing and get_ident() == self._thread:  # we are a signal handler that interrupted a blocked write
+            self._printing = False
+            self._before_printing()
         else:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)
+
+    def _before_printing(self) -> None:
+        """Send what is queued; whatever comes afterwards finds ``_printing`` set and is sent by its handler.
+
+        Handlers run between any two instructions, so the flag is set before the last look at the queue.
+        """
+        while True:
+            self._printing = True
+            if not self._queue:
+                return
+            self._printing = False
+            self._send_queue()
+            with contextlib.suppress(
+                ConnectionError
+            ):  # there are frames to deal with first; the next flush says it again
+                self._channel.flush()
 
     def _send_queue(self) -> None:
         while self._queue:
@@ -265,7 +280,7 @@ class Client:
 
     def _on_frame(self, kind: int, payload: bytes) -> Exit | None:
         if kind in (wire.STDOUT, wire.STDERR):
-            self._printing = True  # stays so if on_output fails
+            self._before_printing()  # leaves the flag set; it stays so if on_output fails
             self._on_output("stdout" if kind == wire.STDOUT else "stderr", payload)
             self._printing = False
         elif kind == wire.STARTED:
