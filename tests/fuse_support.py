@@ -22,13 +22,14 @@ from fuse_pipe.server import Server
 
 SOURCE = Path(__file__).parent.parent / "src"
 CONTROL = Path("/sys/fs/fuse/connections")
+PATIENCE = int(os.environ.get("FUSE_TEST_PATIENCE", "300"))  # seconds that a mount lives at most
 
 
-def spawn(*arguments: str | os.PathLike[str]) -> "subprocess.Popen[bytes]":
-    """``python -m fuse_pipe ...``, killed with the test."""
+def spawn(*arguments: str | os.PathLike[str], code: str | None = None) -> "subprocess.Popen[bytes]":
+    """``python -m fuse_pipe ...``, or ``code``, killed with the test."""
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
-        [sys.executable, "-m", "fuse_pipe", *map(os.fspath, arguments)],
+        [sys.executable, *(("-m", "fuse_pipe") if code is None else ("-c", code)), *map(os.fspath, arguments)],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -62,6 +63,48 @@ def abort(device: int) -> None:
         (CONTROL / str(os.minor(device)) / "abort").write_text("1")
 
 
+class Keeper:
+    """Starts and stops servers from a process that has no file of a mount open.
+
+    A child of the test would have, until it execs; closing them asks the server, which may just be what is not there.
+    """
+
+    def __init__(self) -> None:
+        self.requests, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.requests.close()
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+                self._serve(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def _serve(self, sock: socket.socket) -> None:
+        process: subprocess.Popen[bytes] | None = None
+        while data := sock.recv(65536):
+            what, arguments, code = pickle.loads(data)
+            if what == "start":
+                process = spawn(*arguments, code=code)
+            elif process is not None and what == "stop":
+                process.send_signal(code)
+                process.wait()
+            sock.send(pickle.dumps(process.poll() if process is not None else None))
+
+    def ask(self, what: str, arguments: tuple[Any, ...] = (), code: Any = None) -> int | None:
+        """``start`` with arguments and code, ``stop`` with a signal, or ``poll``; the process's exit code or None."""
+        self.requests.send(pickle.dumps((what, arguments, code)))
+        code = pickle.loads(self.requests.recv(65536))
+        assert code is None or isinstance(code, int)
+        return code
+
+    def end(self) -> None:
+        self.requests.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
 class Mount:
     """A directory served and mounted, each by a process of its own. ``path`` is the mount, ``host`` what it shows."""
 
@@ -69,32 +112,48 @@ class Mount:
         self.base = base
         self.host = host or base / "host"
         self.path = base / "mount"
-        self.socket = base / "socket"
+        self.socket = self.relay_socket = base / "socket"
         self.serve_options = serve
         self.channels = channels
-        self.server: subprocess.Popen[bytes] | None = None
+        self.keeper = Keeper()
         self.relay: subprocess.Popen[bytes] | None = None
         self.device: int | None = None
 
-    def start(self) -> None:
+    def start(self, program: str | None = None) -> None:
+        """Serve and mount; ``program``: Python code that serves instead of the command."""
         if not self.host.exists():
             self.host.mkdir(parents=True)
         if self.host.is_file():
             self.path.touch()
         else:
             self.path.mkdir(exist_ok=True)
-        self.start_server()
-        self.relay = spawn("mount", self.socket, self.path, "--channels", str(self.channels))
+        self.start_server(program)
+        self.relay = spawn("mount", self.relay_socket, self.path, "--channels", str(self.channels))
         wait_for(lambda: is_mounted(self.path) or self.relay.poll() is not None, "the mount")
         assert is_mounted(self.path), f"the relay ended with {self.relay.poll()}"
-        self.device = os.stat(self.path).st_dev
+        self.device = self.mounted_device()
+        # A request that is never answered cannot be interrupted: end it, so that the test fails rather than hangs.
+        self.watchdog = threading.Timer(PATIENCE, abort, (self.device,))
+        self.watchdog.daemon = True
+        self.watchdog.start()
 
-    def start_server(self) -> None:
-        self.server = spawn("serve", self.host, "--socket", self.socket, *self.serve_options)
+    def mounted_device(self) -> int:
+        """The device number of the mount, without asking the server."""
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            words = line.split()
+            if words[4] == str(self.path):
+                major, minor = words[2].split(":")
+                return os.makedev(int(major), int(minor))
+        raise AssertionError("not mounted")
+
+    def start_server(self, program: str | None = None) -> None:
+        if program is None:
+            self.keeper.ask("start", ("serve", self.host, "--socket", self.socket, *self.serve_options))
+        else:
+            self.keeper.ask("start", (self.host, self.socket), program)
 
         def listens() -> bool:
-            assert self.server is not None
-            assert self.server.poll() is None, "the server ended"
+            assert self.keeper.ask("poll") is None, "the server ended"
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
                 probe.connect(str(self.socket))
                 return True
@@ -103,20 +162,17 @@ class Mount:
         wait_for(listens, "the server")
 
     def stop_server(self, number: int = signal.SIGTERM) -> None:
-        assert self.server is not None
-        self.server.send_signal(number)
-        self.server.wait(60)
+        self.keeper.ask("stop", code=number)
 
     def stop(self) -> None:
         """Unmount and end everything, whatever state it is in."""
-        with contextlib.suppress(OSError):
-            linux.umount(str(self.path), linux.MNT_DETACH)
         if self.device is not None:
             abort(self.device)
-        for process in (self.relay, self.server):
-            if process is not None:
-                process.kill()
-                process.wait()
+            self.watchdog.cancel()
+        if self.relay is not None:
+            self.relay.kill()
+            self.relay.wait()
+        self.keeper.end()
         while is_mounted(self.path):
             linux.umount(str(self.path), linux.MNT_DETACH)
 

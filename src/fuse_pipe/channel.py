@@ -73,6 +73,7 @@ class Channel:
         self.sock: socket.socket | None = None
         self.lock = threading.Lock()
         self.serving = threading.Lock()  # held by the thread that reads this channel's connection
+        self.known = False  # whether the counts are those of a peer that was connected before
         self.received = 0
         self.base = 0  # the number of unacked[0]
         self.unacked: deque[Buffers] = deque()
@@ -129,6 +130,7 @@ class Channel:
         """Go on over a new connection whose peer has taken in ``received``; the rest is sent again."""
         with self.lock:
             self.acknowledged(received)
+            self.known = True
             self.sock = sock
             self._acked, self._bytes = self.received, 0
             try:

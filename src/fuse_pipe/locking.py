@@ -76,12 +76,14 @@ def setlk(
     handle = _file(volume, worker, number)
     if flags & m.LK_FLOCK:
         flock(handle, kind, wait)
+        if volume.journal is not None:
+            volume.journal.add(("flock", number, kind))
         return b""
     if handle.node.kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, "only files have record locks")
     if kind == fcntl.F_UNLCK and volume.records.owner(handle.node.id, owner) is None:
         return b""
-    volume.records.set(_owner(volume, worker, handle, owner, pid), kind, start, end, wait)
+    volume.records.set(handle.node.id, owner, _owner(volume, worker, handle, owner, pid), kind, start, end, wait)
     return b""
 
 

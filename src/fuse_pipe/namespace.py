@@ -28,7 +28,7 @@ def lookup(volume: Volume, worker: Worker, name: bytes) -> bytes:
             raise
         if name not in parent.children:
             volume.negatives += 1
-        parent.children[name] = None
+        table.missing(parent, name)
         return _NOT_THERE
     return volume.entry(parent, name, info)
 

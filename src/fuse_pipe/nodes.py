@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 
 from fuse_pipe import linux
+from fuse_pipe.journal import Journal
 from fuse_pipe.messages import ROOT_ID
 
 # How long the ctime of a file must lie back before "unchanged since" can be told by it: Linux before 6.13 stamps
@@ -99,6 +100,7 @@ class NodeTable:
         self._held: dict[Node, None] = {}  # nodes with a descriptor, oldest first
         self._mount_fd: Fd | None = None  # for handles; None until asked, or when there are none
         self._handles = os.geteuid() == 0
+        self.journal: Journal | None = None
 
     def get(self, nodeid: int) -> Node:
         """The node of this id; ESTALE when the kernel cannot mean any."""
@@ -126,7 +128,15 @@ class NodeTable:
             if node.id != ROOT_ID:
                 node.parent, node.name = parent, name
             parent.children[name] = node
+            if self.journal is not None:
+                self.journal.add(("learn", node.id, parent.id, name, kind, node.dev, node.ino))
             return node
+
+    def missing(self, parent: Node, name: bytes) -> None:
+        """The kernel was told that there is no such file."""
+        parent.children[name] = None
+        if self.journal is not None:
+            self.journal.add(("missing", parent.id, name))
 
     def adopt(self, info: os.stat_result, fd: Fd) -> Node:
         """A node for a file without a name (O_TMPFILE), which only ``fd`` leads to."""
@@ -134,6 +144,8 @@ class NodeTable:
             node = self._new(stat.S_IFMT(info.st_mode), (info.st_dev, info.st_ino))
             node.lookups += 1
             node.fd = fd
+            if self.journal is not None:
+                self.journal.add(("learn", node.id, 0, b"", node.kind, node.dev, node.ino))
             return node
 
     def _new(self, kind: int, key: tuple[int, int]) -> Node:
@@ -149,6 +161,8 @@ class NodeTable:
             if node is None or nodeid == ROOT_ID:
                 return None
             node.lookups -= count
+            if self.journal is not None:
+                self.journal.add(("forget", nodeid, count))
             if node.lookups > 0:
                 return None
             node.lookups = 0
@@ -244,6 +258,8 @@ class NodeTable:
     def unnamed(self, parent: Node, name: bytes) -> None:
         """``name`` was removed from ``parent``."""
         with self.lock:
+            if self.journal is not None:
+                self.journal.add(("unname", parent.id, name))
             node = parent.children.get(name)
             parent.children[name] = None
             if node is not None and node.parent is parent and node.name == name:
@@ -254,6 +270,8 @@ class NodeTable:
     def renamed(self, parent: Node, name: bytes, to: Node, new: bytes, exchange: bool) -> None:
         """``name`` in ``parent`` became ``new`` in ``to``."""
         with self.lock:
+            if self.journal is not None:
+                self.journal.add(("rename", parent.id, name, to.id, new, exchange))
             node, other = parent.children.get(name), to.children.get(new)
             if other is not None and other is not node and other.parent is to and other.name == new:
                 other.parent, other.name = (parent, name) if exchange else (None, b"")

@@ -31,6 +31,8 @@ def init(volume: Volume, worker: Worker, major: int, minor: int, readahead: int,
     agreed = offered & (WANTED | (m.WRITEBACK_CACHE if volume.writeback else 0))
     volume.flags, volume.minor = agreed, min(minor, m.MINOR)
     volume.decoders = m.decoders(bool(agreed & m.SETXATTR_EXT))
+    if volume.journal is not None:
+        volume.journal.add(("init", agreed, volume.minor))
     return m.INIT_OUT.encode(
         major=m.VERSION,
         minor=m.MINOR,
@@ -77,6 +79,12 @@ OPERATIONS: dict[int, Operation] = {
     m.COPY_FILE_RANGE: files.copy_file_range, m.SETUPMAPPING: unsupported, m.REMOVEMAPPING: unsupported, m.SYNCFS: files.syncfs,
     m.TMPFILE: files.tmpfile, m.STATX: attributes.statx, m.COPY_FILE_RANGE_64: files.copy_file_range_64,
 }  # fmt: skip
+
+# What is not to be done twice when it is sent again.
+CHANGES = frozenset((
+    m.SETATTR, m.SYMLINK, m.MKNOD, m.MKDIR, m.UNLINK, m.RMDIR, m.RENAME, m.LINK, m.OPEN, m.WRITE, m.RELEASE, m.SETXATTR, m.REMOVEXATTR,
+    m.OPENDIR, m.RELEASEDIR, m.CREATE, m.FALLOCATE, m.RENAME2, m.COPY_FILE_RANGE, m.TMPFILE, m.COPY_FILE_RANGE_64,
+))  # fmt: skip
 
 # What may take long: done by other threads, so that the channel's next request does not wait.
 SLOW = frozenset((m.FSYNC, m.FSYNCDIR, m.SYNCFS, m.FALLOCATE, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64, m.SETLKW))

@@ -9,9 +9,13 @@ import errno
 import fcntl
 import os
 import threading
+from typing import TYPE_CHECKING
 
 from fuse_pipe import linux
-from fuse_pipe.nodes import Fd
+
+if TYPE_CHECKING:
+    from fuse_pipe.journal import Journal
+    from fuse_pipe.nodes import Fd
 
 END = (1 << 63) - 1  # the last byte of a lock "to the end of the file"
 
@@ -46,7 +50,7 @@ class Owner:
 
     __slots__ = ("fd", "held", "pid")
 
-    def __init__(self, fd: Fd, pid: int) -> None:
+    def __init__(self, fd: "Fd", pid: int) -> None:
         self.fd = fd
         self.pid = pid
         self.held: list[Range] = []
@@ -58,24 +62,27 @@ class RecordLocks:
     def __init__(self) -> None:
         self.nodes: dict[int, dict[int, Owner]] = {}
         self.lock = threading.Lock()
+        self.journal: Journal | None = None
 
     def owner(self, node: int, owner: int) -> Owner | None:
         """The owner's locks on the node, if it ever had one there."""
         return self.nodes.get(node, {}).get(owner)
 
-    def add(self, node: int, owner: int, fd: Fd, pid: int) -> Owner:
+    def add(self, node: int, owner: int, fd: "Fd", pid: int) -> Owner:
         """A new owner, that locks through ``fd``; the first of two that come at once wins."""
         with self.lock:
             return self.nodes.setdefault(node, {}).setdefault(owner, Owner(fd, pid))
 
-    def set(self, owner: Owner, kind: int, start: int, end: int, wait: bool) -> None:
+    def set(self, node: int, number: int, owner: Owner, kind: int, start: int, end: int, wait: bool) -> None:
         """Lock, change or unlock a range; EAGAIN if it conflicts and ``wait`` is not set, EINTR if a signal came."""
         length = 0 if end >= END else end - start + 1
         linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLKW if wait else linux.F_OFD_SETLK, kind, start, length)
         with self.lock:
             owner.held = set_range(owner.held, start, min(end, END), kind)
+            if self.journal is not None:
+                self.journal.add(("lock", node, number, owner.pid, start, min(end, END), kind))
 
-    def test(self, node: int, owner: int, fd: Fd, kind: int, start: int, end: int) -> tuple[int, int, int, int] | None:
+    def test(self, node: int, owner: int, fd: "Fd", kind: int, start: int, end: int) -> tuple[int, int, int, int] | None:
         """The first lock in the way of this one as (start, end, type, pid), pid 0 if it is not ours to name; or None."""
         length = 0 if end >= END else end - start + 1
         found, begin, size, pid = linux.ofd_lock(fd.n, linux.F_OFD_GETLK, kind, start, length)
@@ -97,6 +104,8 @@ class RecordLocks:
             gone = owners.pop(owner, None)
             if not owners:
                 self.nodes.pop(node, None)
+            if self.journal is not None:
+                self.journal.add(("unlock", node, owner))
         if gone is not None:  # not only by closing: a thread that waits for a lock may still hold the descriptor
             try:
                 linux.ofd_lock(gone.fd.n, linux.F_OFD_SETLK, fcntl.F_UNLCK, 0, 0)
@@ -115,7 +124,9 @@ class RecordLocks:
             self.nodes.clear()
 
 
-def lock_path(fd: Fd, writable: bool) -> Fd:
+def lock_path(fd: "Fd", writable: bool) -> "Fd":
     """A descriptor to lock through, of the file that ``fd`` stands for; writing ranges need a writable one."""
     path = b"/proc/self/fd/%d" % fd.n
+    from fuse_pipe.nodes import Fd
+
     return Fd(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC))

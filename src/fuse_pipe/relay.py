@@ -45,7 +45,7 @@ SPARE_BUFFERS = 4
 RETRY_FIRST, RETRY_MOST = 0.01, 1.0  # seconds between attempts to connect again
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
 _HEAD = struct.Struct("<IIQQ")
-_LK_FLAGS = struct.Struct("<I")
+_UNANSWERED = frozenset(opcode for opcode, request in m.REQUESTS.items() if not request.replies)
 
 
 class Relay:
@@ -65,6 +65,7 @@ class Relay:
         self.channels = [relay_channel(n) for n in range(channels)]
         self.notifications = relay_channel(NOTIFY)
         self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
+        self.pending: set[int] = set()  # requests without an answer, by unique
         self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
         self.fds: list[int] = []
         self.stop = threading.Event()
@@ -142,7 +143,7 @@ class Relay:
             hello = receive_hello(sock)
             if "error" in hello:
                 raise FusePipeError(str(hello["error"]))
-            if not isinstance(hello.get("received"), int):
+            if not isinstance(hello.get("received"), int | None):
                 raise FusePipeError("a hello without its fields")
         except BaseException:
             sock.close()
@@ -177,7 +178,7 @@ class Relay:
         buffer = bytearray(m.MAX_REQUEST)
         view = memoryview(buffer)
         head = _HEAD.unpack_from
-        lock, locked, written = channel.lock, self.locked, self.written
+        lock, locked, written, pending = channel.lock, self.locked, self.written, self.pending
         while True:
             try:
                 size = os.readv(fd, (buffer,))
@@ -203,6 +204,8 @@ class Relay:
                 message = view[:size]
                 buffer = self._spare.pop() if self._spare else bytearray(m.MAX_REQUEST)
                 view = memoryview(buffer)
+            if opcode not in _UNANSWERED:
+                pending.add(unique)
             with lock:
                 channel.unacked.append((message,))
                 sock = channel.sock
@@ -248,8 +251,10 @@ class Relay:
             if self.stop.is_set():
                 return
 
-    def _attach(self, channel: Channel, sock: socket.socket, received: int) -> None:
+    def _attach(self, channel: Channel, sock: socket.socket, received: int | None) -> None:
         try:
+            if received is None:  # a server without memory of this channel gets what has no answer
+                received = self._forget_answered(channel)
             channel.attach(sock, received)
         except FusePipeError as error:
             log.warning("connection closed: %s", error)
@@ -258,10 +263,17 @@ class Relay:
         if self.stop.is_set():
             self._hang_up(channel)
 
+    def _forget_answered(self, channel: Channel) -> int:
+        with channel.lock:
+            kept = [message for message in channel.unacked if _HEAD.unpack_from(message[0])[2] in self.pending]
+            channel.unacked.clear()
+            channel.unacked.extend(kept)
+            return channel.base
+
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:
         reader = Reader(sock, m.OUT_HEADER.size, m.MAX_REQUEST)
         header, write, following = m.OUT_HEADER.unpack_from, os.write, reader.next
-        notifications = channel.number == NOTIFY
+        notifications, pending = channel.number == NOTIFY, self.pending
         while True:
             reader.more()
             while (message := following()) is not None:
@@ -270,6 +282,7 @@ class Relay:
                     channel.acknowledged(unique)
                     continue
                 channel.count(length)
+                pending.discard(unique)
                 try:
                     write(fd, message)
                 except OSError as failed:

@@ -3,17 +3,21 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import stat
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fuse_pipe import messages as m
 from fuse_pipe.channel import HELLO_MOST, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, send_hello, tune
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
+from fuse_pipe.journal import REWRITE, Journal, Replay
 from fuse_pipe.session import WAKE, Session
+from fuse_pipe.state import VERSION, restore, save, save_session
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import this_worker
 
@@ -30,8 +34,13 @@ class Server:
 
     def __init__(
         self, root: str, *, read_only: bool = False, owner: tuple[int, int] = (0, 0), watch: bool = True, writeback: bool = False,
-        state: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None, journals: str | None = None,
     ) -> None:  # fmt: skip
+        """
+        Arguments:
+            state: what ``save`` of another server gave, to take over its mounts.
+            journals: a directory to keep journals in; the mounts of a killed server that kept them there are taken over.
+        """
         self.root = root
         self.options: dict[str, Any] = {"read_only": read_only, "owner": owner, "watch": watch, "writeback": writeback}
         self.sessions: dict[str, Session] = {}
@@ -43,10 +52,19 @@ class Server:
             self.kind = "directory" if stat.S_ISDIR(os.stat(root).st_mode) else "file"
         except OSError:
             self.kind = "directory"  # gone: everything in it fails with EIO
+        self.journals = Path(journals) if journals is not None else None
         if state is not None:
-            from fuse_pipe.state import restore
-
             restore(self, state)
+        elif self.journals is not None:
+            self.journals.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._replay(self.journals)
+
+    def _replay(self, journals: Path) -> None:
+        for path in sorted(journals.glob("*.journal")):
+            replay = Replay()
+            replay.read(path)
+            restore(self, {"version": VERSION, "sessions": [replay.state(path.stem)]})
+            save_session(self.sessions[path.stem], journal=True)
 
     def session(self, name: str) -> Session:
         """The mount of this name, made when it is first heard of."""
@@ -60,8 +78,11 @@ class Server:
                     if idle is None:
                         raise ProtocolError("too many mounts")
                     del self.sessions[idle.name]
+                    idle.ended = True
                     idle.close()
                 session = self.sessions[name] = Session(name, Volume(self.root, **self.options))
+                if self.journals is not None:
+                    session.volume.write_journal(Journal(self.journals / f"{name}.journal"))
             return session
 
     def connection(self, sock: socket.socket) -> None:
@@ -89,7 +110,7 @@ class Server:
     def _serve(self, sock: socket.socket) -> None:
         hello = receive_hello(sock)
         name, number, base, received = (hello.get(key) for key in ("session", "channel", "base", "received"))
-        if not (isinstance(name, str) and 0 < len(name) <= 64) or not all(type(n) is int for n in (number, base, received)):
+        if not (isinstance(name, str) and re.fullmatch("[0-9a-z]{1,64}", name)) or not all(type(n) is int for n in (number, base, received)):
             raise ProtocolError("a hello without its fields")
         assert isinstance(number, int)
         assert isinstance(base, int)
@@ -102,12 +123,17 @@ class Server:
             with contextlib.suppress(OSError):
                 older.shutdown(socket.SHUT_RDWR)
         with channel.serving:  # an older connection of this channel ends first
-            if channel.received == channel.base == 0 and not channel.unacked:  # nothing is known of this mount
+            fresh = not channel.known
+            if fresh:  # nothing is known of this channel: the relay sends all that has no answer
                 channel.received, channel.base = base, received
             if not base <= channel.received:
                 raise ProtocolError("requests are missing")
             send_hello(
-                sock, {"fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"], "received": channel.received}
+                sock,
+                {
+                    "fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"],
+                    "received": None if fresh else channel.received,
+                },
             )  # fmt: skip
             channel.attach(sock, received)
             try:
@@ -129,8 +155,15 @@ class Server:
             replies: list[Buffers] = []
             try:
                 with session.gate:
-                    while (message := following()) is not None:
-                        handle(channel, worker, message, replies)
+                    try:
+                        while (message := following()) is not None:
+                            handle(channel, worker, message, replies)
+                    finally:
+                        if (journal := session.volume.journal) is not None:
+                            journal.flush()
+                            if journal.size > REWRITE:
+                                journal.size = 0
+                                threading.Thread(target=save_session, args=(session,), kwargs={"journal": True}, daemon=True).start()
             finally:
                 if replies or channel.number == NOTIFY:
                     channel.send(replies)
@@ -139,8 +172,6 @@ class Server:
 
     def save(self) -> dict[str, Any]:
         """The state of all mounts as JSON values, for ``Server(state=...)``; see ``state``."""
-        from fuse_pipe.state import save
-
         return save(self)
 
     def accept(self, listener: socket.socket) -> None:
@@ -157,12 +188,11 @@ class Server:
         with self.lock:
             connections, sessions = list(self.connections), list(self.sessions.values())
             self.sessions.clear()
+        for session in sessions:
+            session.close()
         for sock in connections:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        for session in sessions:
-            session.ended = True
-            session.close()
 
 
 @contextlib.contextmanager

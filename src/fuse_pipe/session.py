@@ -11,8 +11,8 @@ from typing import Any
 from fuse_pipe import locking
 from fuse_pipe import messages as m
 from fuse_pipe.channel import ACK, NOTIFY, Buffers, Channel, server_channel
-from fuse_pipe.errors import ProtocolError
-from fuse_pipe.operations import OPERATIONS, SLOW
+from fuse_pipe.errors import ConnectionLost, ProtocolError
+from fuse_pipe.operations import CHANGES, OPERATIONS, SLOW
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import Worker, this_worker
 
@@ -34,11 +34,13 @@ class Gate:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._inside = 0
-        self._closed = False
+        self._closed = self._ended = False
 
     def __enter__(self) -> None:
         with self._condition:
             while self._closed:
+                if self._ended:
+                    raise ConnectionLost("the server ends")
                 self._condition.wait()
             self._inside += 1
 
@@ -55,9 +57,17 @@ class Gate:
             self._condition.wait_for(lambda: self._inside == 0)
 
     def open(self) -> None:
+        """Let everybody in again."""
         with self._condition:
             self._closed = False
             self._condition.notify_all()
+
+    def end(self) -> None:
+        """Turn away for good whoever wants in, and wait until nobody is inside."""
+        with self._condition:
+            self._closed = self._ended = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._inside == 0)
 
 
 class Waiting:
@@ -80,6 +90,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.lock = threading.Lock()
         self.gate = Gate()
+        self.answers: dict[int, bytes] = {}  # unique -> answer, of requests that a killed server did
         self.ended = False
         self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
         self.waiting: dict[int, Waiting] = {}
@@ -111,6 +122,9 @@ class Session:
             channel.acknowledged(unique)
             return
         channel.count(length)
+        if self.answers and unique in self.answers:  # done by a server before this one
+            replies.append((self.answers.pop(unique),))
+            return
         if opcode in SLOW and not (opcode == m.SETLKW and self._lock_now(worker, message, unique, replies)):
             self.defer(channel, unique, bytes(message))
             return
@@ -157,7 +171,10 @@ class Session:
         if type(payload) is bytes:
             size = len(payload)
             if size < 4096:
-                return (_OUT(_OUT_SIZE + size, 0, unique) + payload,)
+                reply = _OUT(_OUT_SIZE + size, 0, unique) + payload
+                if opcode in CHANGES and self.volume.journal is not None:
+                    self.volume.journal.add(("answer", unique, reply))
+                return (reply,)
             return _OUT(_OUT_SIZE + size, 0, unique), payload
         return (_OUT(_OUT_SIZE + sum(map(len, payload)), 0, unique) + b"".join(payload),)
 
@@ -190,6 +207,8 @@ class Session:
             reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
         with self.lock:
             done = self.slow.pop(unique, None) is not None
+        if self.volume.journal is not None:
+            self.volume.journal.flush()
         if done and reply is not None:
             channel.send((reply,))
         with self.idle:
@@ -232,12 +251,17 @@ class Session:
             self.idle.wait_for(lambda: set(self.slow) <= set(self.waiting))
 
     def close(self) -> None:
-        """Give up everything that the mount holds."""
+        """Give up everything that the mount holds, between two requests."""
+        self.gate.end()
+        self.drain()
         with self.lock:
             self.slow.clear()
             waiting = list(self.waiting)
         for unique in waiting:
             self.interrupt(unique)
+        if self.volume.journal is not None:
+            self.volume.journal.close(remove=self.ended)
+            self.volume.journal = None
         self.volume.close()
 
 

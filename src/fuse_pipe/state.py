@@ -45,10 +45,11 @@ def save(server: "Server") -> dict[str, Any]:
     """
     with server.lock:
         sessions = [session for session in server.sessions.values() if not session.ended]
-    return {"version": VERSION, "sessions": [_save_session(session) for session in sessions]}
+    return {"version": VERSION, "sessions": [save_session(session) for session in sessions]}
 
 
-def _save_session(session: Session) -> dict[str, Any]:
+def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
+    """The state of one mount; with ``journal`` its journal begins anew with it."""
     session.gate.close()
     try:
         session.drain()
@@ -58,7 +59,10 @@ def _save_session(session: Session) -> dict[str, Any]:
                 for c in session.channels.values()
             ]
             waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
-        return {"name": session.name, "channels": channels, "waiting": waiting, "volume": _save_volume(session.volume)}
+        state = {"name": session.name, "channels": channels, "waiting": waiting, "volume": _save_volume(session.volume)}
+        if journal and session.volume.journal is not None:
+            session.volume.journal.rewrite(state)
+        return state
     finally:
         session.gate.open()
 
@@ -110,8 +114,9 @@ def restore(server: "Server", state: dict[str, Any]) -> None:
             _restore_volume(session.volume, saved["volume"])
             for number, received, base, unacked in saved["channels"]:
                 channel = session.channel(number)
-                channel.received, channel.base = received, base
+                channel.known, channel.received, channel.base = True, received, base
                 channel.unacked.extend((_bytes(message),) for message in unacked)
+            session.answers.update((unique, _bytes(answer)) for unique, answer in saved.get("answers", ()))
             for number, message in saved["waiting"]:
                 _wait_again(session, session.channel(number), _bytes(message))
             if session.volume.watcher is not None:  # what changed while nobody looked
@@ -133,7 +138,7 @@ def _restore_volume(volume: Volume, saved: dict[str, Any]) -> None:
     table = volume.nodes
     nodes: dict[int, Node] = {table.root.id: table.root}
     # A file system that was mounted again may have another number.
-    root_dev = next(dev for id, _, _, _, dev, *_ in saved["nodes"] if id == table.root.id)
+    root_dev = next((dev for id, _, _, _, dev, *_ in saved["nodes"] if id == table.root.id), table.root.dev)
     with table.lock:
         for id, _, _, kind, dev, ino, lookups, handle, told in saved["nodes"]:
             if id != table.root.id:
@@ -159,7 +164,7 @@ def _restore_volume(volume: Volume, saved: dict[str, Any]) -> None:
             with contextlib.suppress(OSError):  # lost to somebody else meanwhile, or still held by who was cloned
                 known = volume.records.add(number, owner, locking.lock_fd(volume, nodes[number]), pid)
                 for start, end, kind in held:
-                    volume.records.set(known, kind, start, end, False)
+                    volume.records.set(number, owner, known, kind, start, end, False)
 
 
 def _restore_handles(volume: Volume, saved: dict[str, Any], nodes: dict[int, Node]) -> None:

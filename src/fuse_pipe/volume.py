@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from time import time_ns
 
 from fuse_pipe import messages as m
+from fuse_pipe.journal import Journal
 from fuse_pipe.nodes import TICK_NS, Fd, Node, NodeTable, state_of
 from fuse_pipe.records import RecordLocks
 from fuse_pipe.watch import Watcher
@@ -76,6 +77,7 @@ class Volume:
         self.records = RecordLocks()
         self.negatives = 0
         self.watcher: Watcher | None = None
+        self.journal: Journal | None = None
         self.changing: set[int] = set()
         self._proc = Fd(os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
@@ -84,6 +86,14 @@ class Volume:
             self.nodes = None
         if watch and self.nodes is not None:
             self.watcher = Watcher.start(self)
+
+    def write_journal(self, journal: Journal) -> None:
+        """Note every change of what the kernel knows in a journal from now on."""
+        self.journal = self.records.journal = journal
+        if self.nodes is not None:
+            self.nodes.journal = journal
+            root = self.nodes.root
+            journal.add(("learn", root.id, 0, b"", root.kind, root.dev, root.ino))
 
     @property
     def table(self) -> NodeTable:
@@ -101,6 +111,8 @@ class Volume:
             number = self.next_handle
             self.handles[number] = Handle(node, fd, flags)
             node.opens += 1
+            if self.journal is not None:
+                self.journal.add(("open", number, node.id, flags))
         return number
 
     def handle(self, number: int) -> Handle:
@@ -117,6 +129,8 @@ class Volume:
             if handle is None:
                 self.broken.discard(number)
                 raise OSError(errno.EBADF, "unknown handle")
+            if self.journal is not None:
+                self.journal.add(("close", number))
             node = handle.node
             node.opens -= 1
             if node.fd is handle.fd or (node.opens == 0 and node.lookups == 0):

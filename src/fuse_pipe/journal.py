@@ -1,0 +1,175 @@
+"""What a server would lose if it were killed, written down before each answer goes out.
+
+One file for each mount: ``marshal`` records, appended. A server that starts with the same directory of journals goes on
+where the killed one was: the nodes, open files and locks that the kernel knows, and the answers to requests that
+changed something, so that such a request that is sent again is not done again. Only a request that the kill itself
+interrupted may be done twice.
+
+The file is rewritten from a full state when it has grown; it is read by the same version of Python that wrote it.
+"""
+
+import base64
+import contextlib
+import marshal
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from fuse_pipe.records import set_range
+
+REWRITE = 16 << 20  # bytes
+ANSWERS = 2048  # answers kept for requests that are sent again
+
+Record = tuple[Any, ...]
+
+
+class Journal:
+    """The journal of one mount. Records are tuples; the first item says which, see ``Replay``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        self.size = 0
+        self._lock = threading.Lock()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.add = self.records.append
+
+    def flush(self) -> None:
+        """Write what was added. It is in the kernel then, where the end of this process does not touch it."""
+        if self.records:
+            with self._lock:
+                count = len(self.records)
+                data = b"".join(map(marshal.dumps, self.records[:count]))
+                del self.records[:count]
+                os.write(self._fd, data)
+                self.size += len(data)
+
+    def rewrite(self, state: dict[str, Any]) -> None:
+        """Begin anew from a full state; nothing may be added meanwhile."""
+        with self._lock:
+            new = self.path.with_suffix(".new")
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            data = marshal.dumps(("state", state))
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.rename(new, self.path)
+            os.close(self._fd)
+            self._fd, self.size = fd, len(data)
+            self.records.clear()
+
+    def close(self, *, remove: bool) -> None:
+        """Close the file; with ``remove`` the mount is over and the file goes."""
+        with self._lock:
+            os.close(self._fd)
+            if remove:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.unlink()
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+class Replay:
+    """Turns a journal into a state of the form that ``state.restore`` takes."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, list[Any]] = {}
+        self.names: dict[tuple[int, str], int] = {}
+        self.handles: dict[int, list[Any]] = {}
+        self.locks: dict[tuple[int, int], list[Any]] = {}
+        self.volume: dict[str, Any] = {"flags": 0, "minor": 0, "next_handle": 0}
+        self.answers: OrderedDict[int, bytes] = OrderedDict()
+
+    def read(self, path: Path) -> None:
+        """Take in a journal; one that ends in the middle of a record is taken up to there."""
+        with path.open("rb") as file, contextlib.suppress(EOFError, ValueError, TypeError):
+            while True:
+                kind, *fields = marshal.load(file)
+                getattr(self, "_" + kind)(*fields)
+
+    def state(self, name: str) -> dict[str, Any]:
+        """The saved session."""
+        return {
+            "name": name,
+            "channels": [],
+            "waiting": [],
+            "answers": [[unique, _text(answer)] for unique, answer in self.answers.items()],
+            "volume": {
+                **self.volume,
+                "nodes": list(self.nodes.values()),
+                "names": [[directory, name, child] for (directory, name), child in self.names.items()],
+                "handles": list(self.handles.values()),
+                "locks": [[node, owner, pid, held] for (node, owner), (pid, held) in self.locks.items() if held],
+            },
+        }
+
+    def _state(self, state: dict[str, Any]) -> None:
+        volume = state["volume"]
+        self.nodes = {node[0]: list(node) for node in volume["nodes"]}
+        self.names = {(directory, name): child for directory, name, child in volume["names"]}
+        self.handles = {handle[0]: list(handle) for handle in volume["handles"]}
+        self.locks = {(node, owner): [pid, [tuple(r) for r in held]] for node, owner, pid, held in volume["locks"]}
+        self.volume = {key: volume[key] for key in ("flags", "minor", "next_handle")}
+
+    def _init(self, flags: int, minor: int) -> None:
+        self.volume.update(flags=flags, minor=minor)
+
+    def _learn(self, id: int, parent: int, name: bytes, kind: int, dev: int, ino: int) -> None:
+        text = _text(name)
+        node = self.nodes.setdefault(id, [id, 0, "", kind, dev, ino, 0, None, None])
+        node[6] += 1
+        if parent:
+            node[1], node[2] = parent, text
+            self.names[(parent, text)] = id
+
+    def _missing(self, parent: int, name: bytes) -> None:
+        self.names[(parent, _text(name))] = 0
+
+    def _forget(self, id: int, count: int) -> None:
+        node = self.nodes.get(id)
+        if node is not None:
+            node[6] -= count
+            if node[6] <= 0:
+                del self.nodes[id]
+
+    def _unname(self, parent: int, name: bytes) -> None:
+        text = _text(name)
+        node = self.nodes.get(self.names.get((parent, text), 0))
+        self.names[(parent, text)] = 0
+        if node is not None and node[1:3] == [parent, text]:
+            node[1], node[2] = 0, ""
+
+    def _rename(self, parent: int, name: bytes, to: int, new: bytes, exchange: bool) -> None:
+        old_key, new_key = (parent, _text(name)), (to, _text(new))
+        moved, other = self.names.get(old_key, 0), self.names.get(new_key, 0)
+        for id, key in ((other, old_key if exchange else (0, "")), (moved, new_key)):
+            if id in self.nodes:
+                self.nodes[id][1], self.nodes[id][2] = key
+        self.names[old_key], self.names[new_key] = other if exchange else 0, moved
+
+    def _open(self, number: int, node: int, flags: int) -> None:
+        self.handles[number] = [number, node, flags, 2, []]  # 2: F_UNLCK
+        self.volume["next_handle"] = max(number, self.volume["next_handle"])
+
+    def _close(self, number: int) -> None:
+        self.handles.pop(number, None)
+
+    def _flock(self, number: int, kind: int) -> None:
+        if number in self.handles:
+            self.handles[number][3] = kind
+
+    def _lock(self, node: int, owner: int, pid: int, start: int, end: int, kind: int) -> None:
+        entry = self.locks.setdefault((node, owner), [pid, []])
+        entry[1] = set_range(entry[1], start, end, kind)
+
+    def _unlock(self, node: int, owner: int) -> None:
+        self.locks.pop((node, owner), None)
+
+    def _answer(self, unique: int, answer: bytes) -> None:
+        self.answers[unique] = answer
+        if len(self.answers) > ANSWERS:
+            self.answers.popitem(last=False)
