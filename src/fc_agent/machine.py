@@ -59,8 +59,11 @@ def main() -> NoReturn:
             if code != 0:
                 linux.log(f"the machine's agent ended with {code}")
             break
+    linux.log("ending processes")
     system.end_all_processes(STOP_SECONDS if os.waitstatus_to_exitcode(status) == 0 else 0)
+    linux.log("unmounting")
     system.unmount(HOST, DATA)
+    linux.log("powering off")
     system.power_off()
 
 

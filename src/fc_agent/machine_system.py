@@ -169,7 +169,7 @@ def start_sshd(configuration: dict[str, Any]) -> None:
         f"{directory}/config",
         f"HostKey {directory}/host_key\nAuthorizedKeysFile {directory}/authorized_keys\nPidFile none\n"
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\n"
-        "UseDNS no\nStrictModes no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 1000\n"
+        "UseDNS no\nLoginGraceTime 0\nStrictModes no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 1000\n"
         "AllowUsers root\nSubsystem sftp internal-sftp\n",
     )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:

@@ -73,6 +73,8 @@ class Stop(BaseException):
 def main() -> int:
     """Run the machine that the job in the first argument describes, until it ends."""
     job = Job.from_json(sys.argv[1])
+    if os.fork():  # the starter waits for this process, and is nobody's parent afterwards
+        os._exit(0)
     places = Places.of(job.base)
     lock = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the starter has looked, and holds the other lock
@@ -115,9 +117,9 @@ class Keeper:
             except (FcvmError, OSError, ValueError) as error:
                 self._say(f"error: {error}")
                 hint = getattr(error, "hint", None) or "fcvm machine logs"
-                self._end(State("broken", since=time.time(), disk=self._job.disk, error=_sentence(error), hint=hint))
+                self._end(State("broken", pid=os.getpid(), since=time.time(), error=_sentence(error), hint=hint))
                 return 1
-        self._end(State("stopped", disk=self._job.disk))
+        self._end(State("stopped", pid=os.getpid()))
         return 0
 
     def _end(self, final: State) -> None:
@@ -348,7 +350,7 @@ def _end_process(child: subprocess.Popen[bytes]) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    return error.message if isinstance(error, FcvmError) else f"The machine's keeper failed: {error!r}."
+    return error.message if isinstance(error, FcvmError) else f"The machine's keeper failed: {error}."
 
 
 def make_disk(path: Path, size: int) -> None:

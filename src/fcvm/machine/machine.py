@@ -66,7 +66,6 @@ class Machine:
         """
         places = self.places
         if state.read(places).phase != "running":
-            places.make()
             with progress.step("Machine (emulated host)") as step:
                 self._start(assets, step)
         wanted = plan(assets, self.layout.base)
@@ -76,6 +75,7 @@ class Machine:
 
     def _start(self, assets: Assets, step: Step) -> None:
         places = self.places
+        places.make()
         with _starting(places, step) as starting_fd:
             before = state.read(places)
             if before.phase == "running":  # another command was faster
@@ -100,6 +100,7 @@ class Machine:
         from fcvm.setup import kernel
 
         places = self.places
+        places.make()  # again: a keeper that has just ended took the sockets' directory with it
         _remove_leftovers(places)
         state.write(places, State("starting"))
         job = Job(
@@ -123,7 +124,7 @@ class Machine:
                 cwd="/",
                 pass_fds=(progress_fd, starting_fd),
                 bound=False,
-            )
+            ).wait()
 
     def outdated(self, assets: Assets) -> bool:
         """Whether it runs, but from another image, initrd or with other settings than a start would take now."""

@@ -75,7 +75,7 @@ def command(spec: Spec, program: str) -> list[str]:
         ("-device", "virtio-serial-pci"),
         ("-chardev", f"socket,id=control,fd={spec.control_fd}"),
         ("-device", f"virtserialport,chardev=control,name={CONTROL_PORT}"),
-        ("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        ("-device", "virtio-balloon-pci,id=balloon,deflate-on-oom=on"),
         ("-object", "rng-random,id=entropy,filename=/dev/urandom"),
         ("-device", "virtio-rng-pci,rng=entropy"),
         ("-chardev", f"socket,id=qmp,fd={spec.qmp_fd}"),

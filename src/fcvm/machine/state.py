@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,9 +145,9 @@ def read(places: Places) -> State:
     except (OSError, ValueError, TypeError):
         state = State()
     if alive(places):
-        return state if state.pid else replace(state, phase="starting")
+        return state
     phase: Phase = "broken" if state.error else "stopped"
-    return State(phase, error=state.error, hint=state.hint, since=state.since, disk=state.disk)
+    return State(phase, error=state.error, hint=state.hint, since=state.since)
 
 
 def write(places: Places, state: State) -> None:
