@@ -217,13 +217,23 @@ def test_publishing_on_a_running_vm(world: World, start: Start) -> None:
     network, guest = start("80")
     world.server(guest, "80", "0.0.0.0", 80)
     world.server(guest, "81", "0.0.0.0", 81)
-    (later,) = network.publish(parse("81"))
+    (later,) = world.host.run(lambda: network.publish(parse("81")))
     assert network.describe()["ports"][1]["host_port"] == later.host_port
     assert world.lan.ask(HOST_IP, later.host_port).startswith(b"81 ")
     assert world.host.ask("127.0.0.1", port_of(network)).startswith(b"80 ")
     with pytest.raises(ConflictError):
-        network.publish(parse(f"{later.host_port}:82"))
+        world.host.run(lambda: network.publish(parse(f"{later.host_port}:82")))
     assert len(network.describe()["ports"]) == 2
+
+
+def test_publishing_on_a_vm_that_had_no_ports(world: World, start: Start) -> None:
+    network, guest = start()
+    world.server(guest, "80", "0.0.0.0", 80)
+    world.server(guest, "53", "0.0.0.0", 53, kind=socket.SOCK_DGRAM)
+    tcp, local, udp = world.host.run(lambda: network.publish(parse("80,[::1]::80,53/udp")))
+    assert world.lan.ask(HOST_IP, tcp.host_port).startswith(b"80 ")
+    assert world.host.ask("::1", local.host_port).startswith(b"80 ")
+    assert world.host.ask_udp("127.0.0.1", udp.host_port).startswith(b"53 ")
 
 
 def test_a_port_in_use_is_an_error_and_leaves_nothing(world: World, mode: str, start: Start) -> None:

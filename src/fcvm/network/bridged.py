@@ -205,8 +205,6 @@ def _load(owner: netlink.Socket, table: str, subnet: Subnet, published: Sequence
     """The host's side of the translation, in one transaction."""
     batch = nft.Batch()
     batch.table(table, owner=True)
-    batch.chain(table, "prerouting", type="nat", hook=nft.PREROUTING, priority=nft.DSTNAT)
-    batch.chain(table, "output", type="nat", hook=nft.OUTPUT, priority=nft.DSTNAT)
     batch.chain(table, "postrouting", type="nat", hook=nft.POSTROUTING, priority=nft.SRCNAT)
     to_vms = nft.oifname(f"{PREFIX}*", equal=False)
     to_this = nft.oifname(subnet.interface)
@@ -233,9 +231,11 @@ def _load(owner: netlink.Socket, table: str, subnet: Subnet, published: Sequence
 
 def _translate(batch: nft.Batch, table: str, subnet: Subnet, published: Sequence[Publish]) -> None:
     """Rules that send ports of the host to the namespace: for what arrives, and for what the host itself sends."""
-    for publish in published:
-        if ":" in publish.host_ip:
-            continue
+    translated = [publish for publish in published if ":" not in publish.host_ip]
+    if translated:  # a chain that is there stays as it is
+        batch.chain(table, "prerouting", type="nat", hook=nft.PREROUTING, priority=nft.DSTNAT)
+        batch.chain(table, "output", type="nat", hook=nft.OUTPUT, priority=nft.DSTNAT)
+    for publish in translated:
         everywhere = publish.host_ip in ("", "0.0.0.0")
         to = nft.nfproto(nft.IPV4) + nft.to_this_host() if everywhere else nft.daddr(ip_address(publish.host_ip))
         port = nft.dport(publish.protocol, publish.host_port)
