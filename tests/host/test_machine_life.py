@@ -207,7 +207,7 @@ def test_killed_client_ends_the_command(started: Machine) -> None:
         client.kill()
     # The end is noticed over there in its own time: wait for the process, not for a while.
     wait = f"import os,select; f=os.pidfd_open({pid}); print(bool(select.select([f],[],[],60)[0]))"
-    ended, out, err = run(started, "python3", "-c", wait)
+    _, out, err = run(started, "python3", "-c", wait)
     assert out == b"True\n" or b"ProcessLookupError" in err
 
 

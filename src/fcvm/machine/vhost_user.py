@@ -98,59 +98,63 @@ class Backend:
 
     def _request(self, request: int, payload: bytes, fds: list[int]) -> bytes | None:
         """Carry one message out; takes the descriptors it keeps out of ``fds``. Returns the reply it calls for."""
-        match request:
-            case 1:  # GET_FEATURES
-                features = (VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1)
-                return _U64.pack(sum(1 << bit for bit in features))
-            case 15:  # GET_PROTOCOL_FEATURES
-                return _U64.pack(1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK)
-            case 17:  # GET_QUEUE_NUM
-                return _U64.pack(len(self._rings))
-            case 5:  # SET_MEM_TABLE
-                count = struct.unpack_from("<I", payload)[0]
-                regions = [_REGION.unpack_from(payload, 8 + i * _REGION.size) for i in range(count)]
-                self._memory = Memory(
-                    [Memory.map(fd, g, u, n, o) for fd, (g, n, u, o) in zip(fds, regions, strict=True)]
-                )
-                for ring in self._rings:
-                    self._restart(ring)
-            case 8:  # SET_VRING_NUM
-                index, ring_size = _STATE.unpack(payload)
-                self._rings[index].size = ring_size
-            case 9:  # SET_VRING_ADDR
-                index, _, desc, used, avail, _ = _ADDRESSES.unpack(payload)
-                self._rings[index].addresses = (desc, avail, used)
-            case 10:  # SET_VRING_BASE
-                index, base = _STATE.unpack(payload)
-                self._rings[index].base = base
-            case 11:  # GET_VRING_BASE: stops the queue
-                index, _ = _STATE.unpack(payload)
-                ring = self._rings[index]
-                self._stop(ring)
-                return _STATE.pack(index, ring.base)
-            case 12 | 13 | 14:  # SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR
-                value = _U64.unpack(payload)[0]
-                ring = self._rings[value & 0xFF]
-                fd = -1 if value & NO_FD else fds.pop()
-                if request == SET_VRING_KICK:
-                    self._stop(ring)
-                    _close(ring.kick)
-                    ring.kick = fd
-                    self._start(ring)
-                elif request == SET_VRING_CALL:
-                    with ring.lock:
-                        _close(ring.call)
-                        ring.call = fd
-                else:
-                    _close(fd)
-            case 18:  # SET_VRING_ENABLE
-                index, enabled = _STATE.unpack(payload)
-                ring = self._rings[index]
-                ring.enabled = bool(enabled)
-                self._start(ring) if enabled else self._stop(ring)
-            case _:  # SET_FEATURES, SET_PROTOCOL_FEATURES, SET_OWNER...: nothing that we choose depends on them
-                pass
+        if request == GET_FEATURES:
+            features = (VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1)
+            return _U64.pack(sum(1 << bit for bit in features))
+        if request == GET_PROTOCOL_FEATURES:
+            return _U64.pack(1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK)
+        if request == GET_QUEUE_NUM:
+            return _U64.pack(len(self._rings))
+        if request == SET_MEM_TABLE:
+            self._set_memory(payload, fds)
+        elif request == SET_VRING_NUM:
+            index, size = _STATE.unpack(payload)
+            self._rings[index].size = size
+        elif request == SET_VRING_ADDR:
+            index, _, desc, used, avail, _ = _ADDRESSES.unpack(payload)
+            self._rings[index].addresses = (desc, avail, used)
+        elif request == SET_VRING_BASE:
+            index, base = _STATE.unpack(payload)
+            self._rings[index].base = base
+        elif request == GET_VRING_BASE:  # stops the queue
+            index, _ = _STATE.unpack(payload)
+            self._stop(self._rings[index])
+            return _STATE.pack(index, self._rings[index].base)
+        elif request in (SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR):
+            self._set_descriptor(request, _U64.unpack(payload)[0], fds)
+        elif request == SET_VRING_ENABLE:
+            index, enabled = _STATE.unpack(payload)
+            ring = self._rings[index]
+            ring.enabled = bool(enabled)
+            self._start(ring) if enabled else self._stop(ring)
+        # SET_FEATURES, SET_PROTOCOL_FEATURES, SET_OWNER and the like: nothing that we do depends on them.
         return None
+
+    def _set_memory(self, payload: bytes, fds: list[int]) -> None:
+        count = struct.unpack_from("<I", payload)[0]
+        regions = [_REGION.unpack_from(payload, 8 + i * _REGION.size) for i in range(count)]
+        self._memory = Memory(
+            [Memory.map(fd, guest, user, size, offset) for fd, (guest, size, user, offset) in zip(fds, regions, strict=True)]
+        )
+        for ring in self._rings:
+            if ring.queue is not None:  # the memory has moved under it
+                self._stop(ring)
+                self._start(ring)
+
+    def _set_descriptor(self, request: int, value: int, fds: list[int]) -> None:
+        ring = self._rings[value & 0xFF]
+        fd = -1 if value & NO_FD else fds.pop()
+        if request == SET_VRING_KICK:
+            self._stop(ring)
+            _close(ring.kick)
+            ring.kick = fd
+            self._start(ring)
+        elif request == SET_VRING_CALL:
+            with ring.lock:
+                _close(ring.call)
+                ring.call = fd
+        else:  # for errors; we end with an exception instead
+            _close(fd)
 
     def _start(self, ring: _Ring) -> None:
         if ring.queue is None and ring.enabled and ring.kick >= 0 and ring.addresses is not None:
@@ -165,11 +169,6 @@ class Backend:
             with ring.lock:
                 ring.base = ring.queue.index
                 ring.queue = None
-
-    def _restart(self, ring: _Ring) -> None:
-        if ring.queue is not None:  # the memory has moved under it
-            self._stop(ring)
-            self._start(ring)
 
     def _kicked(self, ring: _Ring) -> None:
         with suppress(BlockingIOError):
