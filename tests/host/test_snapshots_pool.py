@@ -117,7 +117,7 @@ def test_pool_adapts_to_what_is_asked_of_it(kit: Kit, vms: Path, monkeypatch: py
             clone.close()
         wait_for(pool, lambda: pool.status().target == 3 and pool.status().ready == 3)
         wait_for(pool, lambda: pool.status().target == 1 and pool.status().ready == 1)
-        wait_for(pool, lambda: len(list(pool.directory.iterdir())) == len(children()) == 1)
+        wait_for(pool, lambda: len(list(pool.directory.iterdir())) == len(baremetal.children()) == 1)
 
 
 def test_pool_without_a_minimum_makes_clones_when_asked(kit: Kit, vms: Path) -> None:
@@ -134,7 +134,7 @@ def test_clone_that_died_in_the_pool_is_not_handed_out(kit: Kit, vms: Path) -> N
     with Pool(kit, vms) as pool:
         pool.fill()
         (directory,) = pool.directory.iterdir()
-        (pid,) = children()
+        (pid,) = baremetal.children()
         died = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
         assert select.select([died], [], [], 60)[0]
@@ -293,13 +293,7 @@ def test_two_hundred_clones_leave_nothing_behind(kit: Kit, vms: Path) -> None:
             for clone in clones:
                 clone.close()
         assert pool.status().taken == 200
-    assert children() == []
+    assert baremetal.children() == []
     after = held()
     assert after[0] <= before[0]
     assert after[1] <= before[1]
-
-
-def children() -> list[int]:
-    """The pids of this process's Firecrackers, those of all its threads."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]

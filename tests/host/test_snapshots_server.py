@@ -245,9 +245,7 @@ def test_detached_clone_lives_as_long_as_the_server(layout: Layout) -> None:
 def test_killed_server_ends_everything_with_a_message(layout: Layout) -> None:
     with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
         line_of(process)
-        children = [
-            int(p) for t in Path(f"/proc/{server.pid}/task").iterdir() for p in (t / "children").read_text().split()
-        ]
+        children = baremetal.children(server.pid)
         pidfds = [os.pidfd_open(pid) for pid in children]
         assert len(pidfds) >= 1
         server.kill()

@@ -7,14 +7,13 @@ client that asked for it, so a client that is killed takes its clone with it; th
 
 import contextlib
 import os
+import resource
 import selectors
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ from typing import Any
 from fcvm import log
 from fcvm.config import Config
 from fcvm.errors import FcvmError, SnapshotError
-from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.network import attach
-from fcvm.network import publish as publishing
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
@@ -33,13 +30,12 @@ from fcvm.snapshots import page_faults, pool, restore, servers, store, working_s
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Loaded, Pool
 from fcvm.snapshots.restore import Backend
+from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
 from fcvm.vm import clone as clones
 from fcvm.vm import rpc, state
-from fcvm.vm.output import Output, write_all
 from fcvm.vm.spec import RunSpec
-from fcvm.vm.supervisor import Supervisor
 
 RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
 
@@ -60,109 +56,6 @@ class Settings:
     maximum: int = 16
     prefetch: bool = False
     network: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pooled:
-    """A start that takes over a clone from the pool: see ``fcvm.vm.start.Start``."""
-
-    clone: Loaded
-    snapshot: str
-
-    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
-        """The network that the clone has, with the ports of this VM."""
-        network: Network = self.clone.network
-        if vm.spec.publish:
-            network.publish(publishing.parse_all(vm.spec.publish))
-        return contextlib.nullcontext(network)
-
-    def disks(self, vm: Supervisor) -> None:
-        """They are there; the directory becomes the VM's."""
-        self.clone.move(vm.directory)
-
-    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
-        return contextlib.nullcontext(self.clone.firecracker)
-
-    def go(self, vm: Supervisor) -> None:
-        self.clone.resume()
-        vm.timings.mark("resume")
-
-    def waiting(self, vm: Supervisor) -> bool:
-        return False
-
-
-class ClientOutput(Output):
-    """Also writes to a client's stdout and stderr."""
-
-    def __init__(self, kept: Output, descriptors: dict[str, int], *, prefix: bool) -> None:
-        self.__dict__.update(kept.__dict__)
-        self.descriptors = descriptors
-        self.prefix = prefix
-
-    def write(self, stream: str, data: bytes) -> None:
-        super().write(stream, data)
-        if not self.closed and stream in self.descriptors:
-            try:
-                write_all(self.descriptors[stream], self._prefixed(stream, data) if self.prefix else data)
-            except OSError as error:
-                self.closed = True
-                raise BrokenPipeError(*error.args) from error
-
-
-class ClientSupervisor(Supervisor):
-    """Supervises a clone for a client, whose process the VM is listed under."""
-
-    def __init__(self, spec: RunSpec, config: Config, start: Any, client: "Client") -> None:
-        super().__init__(spec, config, start, on_started=client.started)
-        self.client = client
-        if isinstance(start, Pooled):
-            self.id = start.clone.id
-            self.directory = self.layout.vms / self.id
-
-    def _acquire(self, stack: contextlib.ExitStack) -> None:
-        super()._acquire(stack)
-        self.entry.update(pid=self.client.pid)
-        self.output = ClientOutput(self.output, self.client.descriptors, prefix=bool(self.spec.log_prefix))
-
-
-class Client:
-    """One connection that asked for a clone."""
-
-    def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
-        self.connection = connection
-        self.request = request
-        self.fds = fds
-        self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
-        self.pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        self.detached = bool(request.get("detach"))
-        self.supervisor: ClientSupervisor | None = None
-        if self.detached:
-            self.pid = os.getpid()
-
-    def started(self) -> None:
-        """The clone runs and is itself."""
-        assert self.supervisor is not None
-        names = {"id": self.supervisor.id, "name": self.supervisor.spec.name}
-        servers.send(self.connection, {"started": names})
-        if self.detached:
-            self.hang_up()
-
-    def listen(self) -> None:
-        """Carry out what the client says, and its end."""
-        for message in servers.lines(self.connection):
-            if self.supervisor is not None and message.get("op") in ("stop", "kill"):
-                self.supervisor.ask(message)
-        if self.supervisor is not None and not self.detached:
-            self.supervisor.ask({"op": "kill"})
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.connection.close()
-        for fd in self.fds:
-            os.close(fd)
 
 
 class CloneServer:
@@ -198,6 +91,7 @@ class CloneServer:
         settings = self.settings
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, self.wake)
+            _allow_many_descriptors()
             pool.sweep(self.layout.vms)
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
             self.mode = clones.spec_of(self.snapshot, name="clone", network=self._mode()).network
@@ -265,7 +159,11 @@ class CloneServer:
             while not self.stopping:
                 for key, _ in selector.select():
                     if key.fileobj is listener:
-                        connection, _ = listener.accept()
+                        try:
+                            connection, _ = listener.accept()
+                        except OSError as error:  # no descriptors left, or the client has gone already
+                            log.error(f"a client could not be served: {error}")
+                            continue
                         threading.Thread(target=self._greet, args=(connection,), name="client").start()
 
     def _greet(self, connection: socket.socket) -> None:
@@ -398,6 +296,12 @@ class CloneServer:
             "late": now.late,
             "faults": self.memory.served() if self.memory else None,
         }
+
+
+def _allow_many_descriptors() -> None:
+    """A clone takes about twenty descriptors, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_ahead(snapshot: Snapshot) -> None:

@@ -1,0 +1,122 @@
+"""A clone that a clone server supervises for one of its clients."""
+
+import contextlib
+import os
+import socket
+import struct
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fcvm.config import Config
+from fcvm.firecracker.process import Firecracker
+from fcvm.network import publish as publishing
+from fcvm.network.attach import Network
+from fcvm.snapshots import servers
+from fcvm.snapshots.pool import Loaded
+from fcvm.vm.output import Output, write_all
+from fcvm.vm.spec import RunSpec
+from fcvm.vm.supervisor import Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """A start that takes over a clone from the pool: see ``fcvm.vm.start.Start``."""
+
+    clone: Loaded
+    snapshot: str
+
+    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
+        """The network that the clone has, with the ports of this VM."""
+        network: Network = self.clone.network
+        if vm.spec.publish:
+            network.publish(publishing.parse_all(vm.spec.publish))
+        return contextlib.nullcontext(network)
+
+    def disks(self, vm: Supervisor) -> None:
+        """They are there; the directory becomes the VM's."""
+        self.clone.move(vm.directory)
+
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
+        return contextlib.nullcontext(self.clone.firecracker)
+
+    def go(self, vm: Supervisor) -> None:
+        self.clone.resume()
+        vm.timings.mark("resume")
+
+    def waiting(self, vm: Supervisor) -> bool:
+        return False
+
+
+class ClientOutput(Output):
+    """Also writes to a client's stdout and stderr."""
+
+    def __init__(self, kept: Output, descriptors: dict[str, int], *, prefix: bool) -> None:
+        self.__dict__.update(kept.__dict__)
+        self.descriptors = descriptors
+        self.prefix = prefix
+
+    def write(self, stream: str, data: bytes) -> None:
+        super().write(stream, data)
+        if not self.closed and stream in self.descriptors:
+            try:
+                write_all(self.descriptors[stream], self._prefixed(stream, data) if self.prefix else data)
+            except OSError as error:
+                self.closed = True
+                raise BrokenPipeError(*error.args) from error
+
+
+class ClientSupervisor(Supervisor):
+    """Supervises a clone for a client, whose process the VM is listed under."""
+
+    def __init__(self, spec: RunSpec, config: Config, start: Any, client: "Client") -> None:
+        super().__init__(spec, config, start, on_started=client.started)
+        self.client = client
+        if isinstance(start, Pooled):
+            self.id = start.clone.id
+            self.directory = self.layout.vms / self.id
+
+    def _acquire(self, stack: contextlib.ExitStack) -> None:
+        super()._acquire(stack)
+        self.entry.update(pid=self.client.pid)
+        self.output = ClientOutput(self.output, self.client.descriptors, prefix=bool(self.spec.log_prefix))
+
+
+class Client:
+    """One connection that asked for a clone."""
+
+    def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+        self.connection = connection
+        self.request = request
+        self.fds = fds
+        self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
+        self.pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.detached = bool(request.get("detach"))
+        self.supervisor: ClientSupervisor | None = None
+        if self.detached:
+            self.pid = os.getpid()
+
+    def started(self) -> None:
+        """The clone runs and is itself."""
+        assert self.supervisor is not None
+        names = {"id": self.supervisor.id, "name": self.supervisor.spec.name}
+        servers.send(self.connection, {"started": names})
+        if self.detached:
+            self.hang_up()
+
+    def listen(self) -> None:
+        """Carry out what the client says, and its end."""
+        for message in servers.lines(self.connection):
+            if self.supervisor is not None and message.get("op") in ("stop", "kill"):
+                self.supervisor.ask(message)
+        if self.supervisor is not None and not self.detached:
+            self.supervisor.ask({"op": "kill"})
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.connection.close()
+        for fd in self.fds:
+            os.close(fd)
