@@ -1,6 +1,7 @@
 """The guest agent of a microVM: takes the host's plan, runs its container, serves sessions, takes new identities."""
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from fc_agent.session import LaunchError, Process, Request, Server
 MAIN = "main"  # the session of the container's own streams
 GRACE = 30.0  # seconds that an exec session waits for its client to come back
 IMAGE_DISK = "/dev/vdc"
+LATER = ("http.client", "fuse_pipe.relay")  # modules that are imported when they are needed
 
 
 def listen_vsock() -> socket.socket:
@@ -101,8 +103,8 @@ class Agent:
             self._service.warm()
         except (PodmanError, OSError) as error:
             linux.log(f"cannot warm up: {error}")  # the snapshot is only slower then
-        import http.client  # noqa: F401  (the HTTP health check)
-
+        for name in LATER:
+            importlib.import_module(name)
         self._control.tell({"type": "warmed"})
 
     def _on_restored(self, new: Identity) -> None:

@@ -18,6 +18,8 @@ def mount_all(volumes: list[VolumePlan]) -> None:
     Raises:
         OSError, fuse_pipe.FusePipeError: a volume cannot be mounted.
     """
+    if not volumes:
+        return
     from fuse_pipe.relay import Relay
 
     for index, volume in enumerate(volumes):
