@@ -108,3 +108,10 @@ class Ports:
         self._poll.unregister(fd)
         del self._clients[fd]
         client.connection.close()
+
+    def close(self) -> None:
+        """Withdraw everything and stop listening."""
+        for client in list(self._clients.values()):
+            self._forget(client)
+        self._poll.unregister(self._listener.fileno())
+        self._listener.close()

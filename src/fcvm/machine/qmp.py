@@ -20,6 +20,10 @@ class Monitor:
         self._file = sock.makefile("rb")
         self._ready = False
 
+    def close(self) -> None:
+        self._file.close()
+        self._sock.close()
+
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run one command and return what it returns. Raises MachineError: QEMU refused, is gone or does not answer."""
         if not self._ready:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 _LENGTH = struct.Struct(">I")
+LEARN_MOST = 65536  # bytes of module names: what a pipe holds; a name cut in two is none
 
 # What nearly every command needs; the rest comes by experience.
 PRELOAD = ("argparse", "fcvm.config", "fcvm.log", "fcvm.cli.main", "fcvm.cli.remote", "fcvm.cli.context", "fcvm.hostpath")
@@ -127,8 +128,8 @@ def _command(message: dict[str, Any], standard: list[int], known: set[str], lear
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
         os.set_blocking(learn, False)
-        names = " ".join(name for name in sys.modules if name not in known and name.partition(".")[0] != "__main__")
-        os.write(learn, names.encode()[:65536].rpartition(b" ")[0])
+        names = "".join(f"{name}\n" for name in sys.modules if name not in known)
+        os.write(learn, names.encode()[:LEARN_MOST])
     except BaseException:
         traceback.print_exc()
     finally:
