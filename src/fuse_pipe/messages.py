@@ -320,7 +320,7 @@ def decoder(opcode: int, request: Request) -> Callable[[memoryview], tuple[Any, 
     size = layout.size if layout else 0
     unpack = layout.unpack_from if layout else None
     count_field = next((n for n, f in enumerate(layout.fields) if f in ("size", "in_size", "count")), 0) if layout else 0
-    plain = opcode in (GETXATTR, REMOVEXATTR)  # their names are not file names
+    plain = opcode in (GETXATTR, REMOVEXATTR, TMPFILE)  # their names are not file names; TMPFILE's is "/"
 
     def fixed(body: memoryview) -> tuple[Any, ...]:
         if len(body) != size:

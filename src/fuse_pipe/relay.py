@@ -231,8 +231,14 @@ class Relay:
 
     def _down(self, channel: Channel, fd: int, sock: socket.socket | None, hello: dict[str, Any]) -> None:
         """Server to kernel, and the one that connects again."""
+        pause, received = RETRY_FIRST, channel.received
         while True:
             if sock is None:
+                # A server that hangs up on what it is sent, every time, is not asked again without a pause.
+                pause = RETRY_FIRST if channel.received != received else min(2 * pause, RETRY_MOST)
+                received = channel.received
+                if pause > RETRY_FIRST and self.stop.wait(pause / 2):
+                    return
                 connected = self._connect(channel)
                 if connected is None:
                     return

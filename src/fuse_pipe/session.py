@@ -145,14 +145,20 @@ class Session:
         if decode is None:
             log.warning("unknown opcode %d", opcode)
             return (_OUT(_OUT_SIZE, -errno.ENOSYS, unique),)
-        if extension:
-            if 40 + 8 * extension > length:
-                raise ProtocolError("extensions longer than their message")
-            fields = decode(message[40 : length - 8 * extension])
-            worker.groups = m.decode_groups(message[length - 8 * extension :])
-        else:
-            fields = decode(message[40:])
-            worker.groups = ()
+        try:
+            if extension:
+                if 40 + 8 * extension > length:
+                    raise ProtocolError("extensions longer than their message")
+                fields = decode(message[40 : length - 8 * extension])
+                worker.groups = m.decode_groups(message[length - 8 * extension :])
+            else:
+                fields = decode(message[40:])
+                worker.groups = ()
+        except ProtocolError as error:
+            if not m.REQUESTS[opcode].replies:
+                raise
+            log.warning("%s", error)  # the stream is still whole: only this request fails
+            return (_OUT(_OUT_SIZE, -errno.EPROTO, unique),)
         worker.unique, worker.nodeid, worker.uid, worker.gid, worker.pid = unique, nodeid, uid, gid, pid
         try:
             payload = (operation or OPERATIONS[opcode])(self.volume, worker, *fields)

@@ -136,15 +136,15 @@ class Watcher:
             with self._settled:
                 self._settled.wait_for(lambda: not pending & self.volume.changing, timeout=1)
             self._waiting = False
-        for directory, name in names:
-            self.check_name(directory, name)
+        for directory in {directory for directory, name in names if self.check_name(directory, name)}:
+            self.check_file(directory, force=True)
         for directory, name in files - names:
             node = directory.children.get(name) if name else directory
             if node is not None:
                 self.check_file(node)
 
-    def check_name(self, directory: Node, name: bytes) -> None:
-        """Compare what the kernel believes ``name`` to be with what it is."""
+    def check_name(self, directory: Node, name: bytes) -> bool:
+        """Compare what the kernel believes ``name`` to be with what it is; whether the directory changed for it."""
         volume = self.volume
         missing = object()
         believed = directory.children.get(name, missing)
@@ -154,17 +154,17 @@ class Watcher:
             info = None
         if isinstance(believed, Node):
             if info is not None and (info.st_dev, info.st_ino) == (believed.dev, believed.ino):
-                return
+                return False
             volume.table.lost(directory, name)
             gone = info is None and self._links(believed) == 0
             self._send_entry(directory, name, believed if gone else None)
         elif believed is None:
             if info is None:
-                return
+                return False
             directory.children.pop(name, None)
             volume.negatives -= 1
             self._send_entry(directory, name, None)
-        self.check_file(directory, force=True)
+        return True
 
     def _links(self, node: Node) -> int:
         try:
@@ -187,14 +187,13 @@ class Watcher:
     def check_all(self) -> None:
         """Events were lost, or nobody looked for a while: compare everything."""
         for node in self.volume.table.nodes():
-            for name in list(node.children):
-                self.check_name(node, name)
+            changed = [self.check_name(node, name) for name in list(node.children)]
             if node.parent is not None and node.fd is None:
                 try:
                     self.volume.table.fd(node.parent)
                 except OSError:
                     continue
-            self.check_file(node)
+            self.check_file(node, force=any(changed))
 
     def _send_entry(self, directory: Node, name: bytes, gone: Node | None) -> None:
         if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped

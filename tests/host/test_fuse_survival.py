@@ -264,8 +264,8 @@ def test_state_of_a_directory_that_is_gone_gives_eio(base: Path) -> None:
 
 
 def test_relay_needs_a_server_to_mount(base: Path) -> None:
-    mounted = Mount(base)
-    mounted.path.mkdir()
-    process = fuse_support.spawn("mount", base / "nothing", mounted.path)
+    point = base / "mount"
+    point.mkdir()
+    process = fuse_support.spawn("mount", base / "nothing", point)
     assert process.wait(60) == 1
-    assert not fuse_support.is_mounted(mounted.path)
+    assert not fuse_support.is_mounted(point)
