@@ -17,7 +17,7 @@ _start = time.monotonic()
 def configure(level: str) -> None:
     """Show messages of ``level`` and above; an unknown level shows warnings and errors."""
     global _threshold
-    _threshold = LEVELS.index(level) if level in LEVELS else LEVELS.index("warning")  # type: ignore[arg-type]
+    _threshold = LEVELS.index(level) if level in LEVELS else LEVELS.index("warning")
 
 
 def _say(level: Level, message: str) -> None:

@@ -6,7 +6,6 @@ a clone is one such call. Requests and fields are those of Firecracker's API spe
 """
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 

@@ -8,6 +8,7 @@
     vms/<id>/                                    vm/               (Firecracker's working directory)
     snapshots/<tag>/                             snapshots/store.py
     state/<id>.json, <id>.lock                   vm/state.py
+    servers/<pid>/                               snapshots/servers.py
     machine/                                     machine/
     cache/                                       downloads and templates; may be deleted at any time
 

@@ -14,7 +14,7 @@ from fcvm import host, setup
 from fcvm.config import Config
 from fcvm.errors import FcvmError, HostError
 from fcvm.network import attach
-from fcvm.snapshots import store
+from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
 from fcvm.vm import boot_snapshot, rpc, state
 from fcvm.vm.spec import RunSpec
@@ -43,6 +43,7 @@ def sweep(config: Config) -> None:
     state.sweep(layout)
     attach.sweep()
     store.sweep(layout)
+    pool.sweep(layout.vms)
 
 
 def foreground(spec: RunSpec, config: Config) -> int:
