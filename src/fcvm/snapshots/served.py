@@ -16,15 +16,20 @@ from fcvm.snapshots import servers
 from fcvm.snapshots.pool import Loaded
 from fcvm.vm.output import Output, write_all
 from fcvm.vm.spec import RunSpec
+from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class Pooled(Start):
     """A start that takes over a clone from the pool: see ``fcvm.vm.start.Start``."""
 
     clone: Loaded
-    snapshot: str
+    tag: str
+
+    @property
+    def snapshot(self) -> str | None:
+        return self.tag
 
     def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
         """The network that the clone has, with the ports of this VM."""
@@ -43,9 +48,6 @@ class Pooled:
     def go(self, vm: Supervisor) -> None:
         self.clone.resume()
         vm.timings.mark("resume")
-
-    def waiting(self, vm: Supervisor) -> bool:
-        return False
 
 
 class ClientOutput(Output):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 KIND = "boot"
+RESTORE_TIMEOUT = 60.0  # seconds until the agent of a restored guest is back; it takes a few, under emulation
 
 
 def tag(spec: RunSpec, assets: Assets) -> str:
@@ -42,7 +43,11 @@ def tag(spec: RunSpec, assets: Assets) -> str:
 class BootAndCapture(Boot):
     """Boot, and take the boot snapshot on the way."""
 
-    def waiting(self, vm: "Supervisor") -> bool:
+    @property
+    def captures(self) -> bool:
+        return True
+
+    def capture(self, vm: "Supervisor") -> bool:
         """Take the snapshot; the agent's connection breaks by it, so its plan goes out on the next one."""
         name = tag(vm.spec, self.assets)
         manifest = Manifest(
@@ -85,6 +90,14 @@ class Restore(Boot):
     def scratch(self, vm: "Supervisor") -> None:
         """A clone of the snapshot's disk: the guest has it mounted."""
         disks.clone(store.find(vm.layout, self.source).scratch, vm.directory / boot.SCRATCH_DISK)
+
+    @property
+    def timeout(self) -> float:
+        return RESTORE_TIMEOUT
+
+    def another(self) -> Boot:
+        """Now and then, under emulation, a vCPU of a restored guest never wakes up: then it is booted."""
+        return Boot(self.assets)
 
     def go(self, vm: "Supervisor") -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)

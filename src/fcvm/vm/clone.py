@@ -16,7 +16,9 @@ from fcvm.setup import Assets
 from fcvm.snapshots import restore, store
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
+from fcvm.vm.boot_snapshot import RESTORE_TIMEOUT
 from fcvm.vm.spec import RunSpec
+from fcvm.vm.start import Start
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
@@ -38,12 +40,13 @@ def spec_of(snapshot: Snapshot, **changes: Any) -> RunSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Clone:
+class Clone(Start):
     """Load the snapshot ``source``, its memory mapped straight from the file (or served, with the uffd backend)."""
 
     assets: Assets
     source: str
     backend: Backend = "file"
+    again: bool = False
 
     @property
     def snapshot(self) -> str | None:
@@ -81,8 +84,13 @@ class Clone:
         restore.resume(vm.firecracker.api)
         vm.timings.mark("resume")
 
-    def waiting(self, vm: "Supervisor") -> bool:
-        return False
+    @property
+    def timeout(self) -> float:
+        return RESTORE_TIMEOUT
+
+    def another(self) -> "Clone | None":
+        """Load it once more: under emulation a vCPU of a restored guest may never wake up."""
+        return None if self.again else replace(self, again=True)
 
 
 def start(source: str, config: Config, assets: Assets) -> Clone:

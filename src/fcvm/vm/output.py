@@ -8,7 +8,7 @@ import contextlib
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -32,20 +32,28 @@ class Output:
         closed: our reader has gone (``write`` raised BrokenPipeError); what comes later is only logged.
     """
 
-    def __init__(self, log: Path, limit: int, *, show: bool, prefix: bool) -> None:
+    def __init__(
+        self, log: Path, limit: int, *, show: bool, prefix: bool, on_first: Callable[[], None] = lambda: None
+    ) -> None:
         """Keep between ``limit`` and twice ``limit`` bytes in ``log``; with ``show`` write to our own stdout and stderr.
 
         Arguments:
             prefix: begin every line with ``[ctr:out]`` or ``[ctr:err]``.
+            on_first: called before the first chunk is handed on.
         """
         self.log = RotatingFile(log, limit)
         self.show = show
         self.prefix = prefix
         self.closed = False
+        self.begun = False
+        self.on_first = on_first
         self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
 
     def write(self, stream: str, data: bytes) -> None:
         """One chunk of ``stream``. Raises BrokenPipeError, once, if our reader has gone."""
+        if not self.begun:
+            self.begun = True
+            self.on_first()
         self.log.write(RECORD.pack(time.time_ns(), _NUMBER[stream], len(data)) + data)
         if self.show and not self.closed:
             try:

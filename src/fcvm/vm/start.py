@@ -6,10 +6,11 @@ snapshot of the VM can be restored in any other directory.
 """
 
 import os
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fcvm import host, hostpath
 from fcvm.firecracker import boot
@@ -27,29 +28,56 @@ if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 
-class Start(Protocol):
-    """The steps of a start; ``snapshot`` is the tag that it is from, None for a boot."""
+class Start(ABC):
+    """The steps of a start."""
+
+    __slots__ = ()
 
     @property
-    def snapshot(self) -> str | None: ...
+    def snapshot(self) -> str | None:
+        """The tag of the user's snapshot that it is from; None for any other start."""
+        return None
 
-    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]: ...
+    @property
+    def timeout(self) -> float:
+        """Seconds until the agent says hello; under emulation beside other work a boot takes up to a minute."""
+        return 300.0
 
-    def disks(self, vm: "Supervisor") -> None: ...
+    @property
+    def captures(self) -> bool:
+        """Whether a boot snapshot is to be taken before the plan."""
+        return False
 
-    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]: ...
+    @abstractmethod
+    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
+        """The VM's namespace with its tap."""
 
-    def go(self, vm: "Supervisor") -> None: ...
+    @abstractmethod
+    def disks(self, vm: "Supervisor") -> None:
+        """Put the files that Firecracker opens into the VM's directory."""
 
-    def waiting(self, vm: "Supervisor") -> bool: ...
+    @abstractmethod
+    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+        """Firecracker in the VM's namespace and directory."""
+
+    @abstractmethod
+    def go(self, vm: "Supervisor") -> None:
+        """Let the guest run."""
+
+    def capture(self, vm: "Supervisor") -> bool:
+        """Take the boot snapshot. Returns whether that broke the agent's connection: it then says hello again."""
+        return False
+
+    def another(self) -> "Start | None":
+        """What to try when the agent says nothing; None to give up."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
-class Boot:
+class Boot(Start):
     """Boot a kernel with the assets from setup."""
 
     assets: Assets
-    snapshot: str | None = None
 
     def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
@@ -81,10 +109,6 @@ class Boot:
         boot.configure(vm.firecracker.api, hardware(vm.spec, vm.network.tap, vm.network.mac))
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
-
-    def waiting(self, vm: "Supervisor") -> bool:
-        """The agent waits for its plan. Returns whether it will have to say so again, on a new connection."""
-        return False
 
 
 def hardware(spec: RunSpec, tap: str | None, mac: str | None) -> boot.Hardware:

@@ -27,6 +27,7 @@ from fcvm.agent import session, vsock
 from fcvm.agent.control import Control
 from fcvm.config import Config
 from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError
+from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
@@ -35,9 +36,6 @@ from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
 
-BOOT_TIMEOUT = (
-    300.0  # seconds until the agent says hello; under emulation beside other work a boot takes up to a minute
-)
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
@@ -79,7 +77,7 @@ class Supervisor:
         self._phase = "starting"
         self._exit: dict[str, Any] | None = None
         self._deadline: float | None = None
-        self._captured = False
+        self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
         self._killing = False
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
@@ -178,13 +176,15 @@ class Supervisor:
         self.timings.mark("disks")
         log_file, limit = self.directory / output.LOG, self.config.log_size << 20
         prefix = bool(spec.log_prefix) and not spec.tty
-        self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix)
+        first = partial(self.timings.mark, "first output")
+        self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
-        self.firecracker: Firecracker = stack.enter_context(self._start.firecracker(self))
+        stack.enter_context(self._vmm)
+        self.firecracker: Firecracker = self._vmm.enter_context(self._start.firecracker(self))
         self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
         self._start.go(self)
-        self._deadline = time.monotonic() + BOOT_TIMEOUT
+        self._deadline = time.monotonic() + self._start.timeout
 
     def _leave(self) -> None:
         """The end of the VM's directory; of a kept VM only the logs stay."""
@@ -225,12 +225,30 @@ class Supervisor:
         if self._exit is not None:  # stopped, but somebody does not read our output
             self._streams_ended = True
             return
-        if self._phase in ("starting", "restored"):
+        if self._phase not in ("starting", "restored"):
+            self._kill()
+            return
+        another = self._start.another()
+        if another is None:
             raise GuestError(
-                f"The guest did not start within {BOOT_TIMEOUT:g} seconds.{self.firecracker.console.quote()}",
+                f"The guest did not start within {self._start.timeout:g} seconds.{self.firecracker.console.quote()}",
                 hint="fcvm doctor",
             )
-        self._kill()
+        log.info(f"the guest does not answer after {self._start.timeout:g} seconds; starting it once more")
+        self._start_again(another)
+
+    def _start_again(self, start: Start) -> None:
+        """Replace a guest that never said hello: nothing of it was seen by anybody."""
+        self._selector.unregister(self.firecracker.pidfd)
+        self._vmm.close()
+        for path in (*self.directory.glob("*.img"), self.directory / KERNEL, self.directory / paths.VSOCK):
+            path.unlink(missing_ok=True)
+        self._start, self._phase = start, "starting"
+        start.disks(self)
+        self.firecracker = self._vmm.enter_context(start.firecracker(self))
+        self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
+        start.go(self)
+        self._deadline = time.monotonic() + start.timeout
 
     def _on_firecracker_end(self) -> None:
         self._selector.unregister(self.firecracker.pidfd)
@@ -254,23 +272,35 @@ class Supervisor:
 
     def _on_hello_message(self, message: dict[str, Any]) -> None:
         known = message.get("state", {})
-        if self._phase == "starting" and known.get("phase") == "waiting":
+        if known.get("phase") == "waiting":
             self.timings.mark("kernel and agent")
-            if not self._captured:
-                self._captured = True
-                if self._start.waiting(self):
-                    return
-            self._phase = "planned"
-            self._deadline = None
-            self.control.send(plan.message(self))
+            if self._phase == "starting" and self._start.captures:
+                self._phase = "warming"
+                self.control.send({"type": "warm"})
+            elif self._phase != "warming":
+                self._send_plan()
         elif self._phase == "starting" and known.get("phase") == "running":
             self._phase = "restored"
-            self._deadline = time.monotonic() + BOOT_TIMEOUT
+            self._deadline = time.monotonic() + self._start.timeout
             self.control.send(plan.restored(self))
         if known.get("health"):
             self._on_health_message({"status": known["health"]})
         if known.get("exit") and self._exit is None:
             self._on_exit_message(known["exit"])
+
+    def _on_warmed_message(self, message: dict[str, Any]) -> None:
+        """The agent has run a container of its own once: now a snapshot has in memory all that the next ones need."""
+        if self._phase == "warming":
+            self.timings.mark("warm")
+            self._phase = "captured"
+            if not self._start.capture(self):
+                self._send_plan()
+
+    def _send_plan(self) -> None:
+        """Tell the agent what to do; again, if its connection broke before it had read that."""
+        self._phase = "planned"
+        self._deadline = None
+        self.control.send(plan.message(self))
 
     def _on_stage_message(self, message: dict[str, Any]) -> None:
         self.timings.guest(str(message.get("name")), float(message.get("uptime", 0)))
