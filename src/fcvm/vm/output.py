@@ -105,15 +105,17 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
         try:
             while True:
                 yield from _records(file.fileno())
-                try:
-                    replaced = os.stat(directory / LOG).st_ino != os.fstat(file.fileno()).st_ino
-                except FileNotFoundError:
-                    yield from _records(file.fileno())
-                    return
-                if replaced:
+                current, before = _inode(directory / LOG), _inode(directory / f"{LOG}.1")
+                ours = os.fstat(file.fileno()).st_ino
+                if current not in (ours, None):
                     yield from _records(file.fileno())
                     file.close()
-                    file = open(directory / LOG, "rb")  # noqa: SIM115
+                    # rotated twice since we looked: a whole file lies between ours and the current one
+                    skipped = before not in (ours, None)
+                    file = open(directory / (f"{LOG}.1" if skipped else LOG), "rb")  # noqa: SIM115
+                elif not directory.exists():
+                    yield from _records(file.fileno())
+                    return
                 elif (directory / CLOSED).exists():
                     yield from _records(file.fileno())
                     return
@@ -121,6 +123,14 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
                     watch.wait(timeout=5.0)
         finally:
             file.close()
+
+
+def _inode(path: Path) -> int | None:
+    """Which file has this name now; None if none has, as for a moment in a rotation."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _records(fd: int) -> Iterator[tuple[int, Stream, bytes]]:
