@@ -10,10 +10,10 @@ from typing import Any
 
 from fcvm.config import Config
 from fcvm.firecracker.process import Firecracker
-from fcvm.network import publish as publishing
 from fcvm.network.attach import Network
 from fcvm.snapshots import servers
 from fcvm.snapshots.pool import Loaded
+from fcvm.vm import network as networks
 from fcvm.vm.output import Output, write_all
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
@@ -35,7 +35,7 @@ class Pooled(Start):
         """The network that the clone has, with the ports of this VM."""
         network: Network = self.clone.network
         if vm.spec.publish:
-            network.publish(publishing.parse_all(vm.spec.publish))
+            network.publish(networks.ports(vm))
         return contextlib.nullcontext(network)
 
     def disks(self, vm: Supervisor) -> None:

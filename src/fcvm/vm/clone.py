@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from fcvm.config import Config
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.process import Firecracker
-from fcvm.network import attach
-from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.snapshots import restore, store
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
+from fcvm.vm import network
 from fcvm.vm.boot_snapshot import RESTORE_TIMEOUT
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
@@ -54,8 +53,7 @@ class Clone(Start):
 
     def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
         """A namespace of its own: the guest's address is the same in each."""
-        spec = network_spec.parse(vm.spec.network, vm.spec.publish, vm.spec.forward_localhost, vm.spec.dns)
-        return attach.create(spec, vm.id, vm.directory)
+        return network.create(vm)
 
     def disks(self, vm: "Supervisor") -> None:
         """The snapshot's read-only disks by link, its writable one by reflink."""

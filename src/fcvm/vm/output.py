@@ -113,10 +113,7 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
                     # rotated twice since we looked: a whole file lies between ours and the current one
                     skipped = before not in (ours, None)
                     file = open(directory / (f"{LOG}.1" if skipped else LOG), "rb")  # noqa: SIM115
-                elif not directory.exists():
-                    yield from _records(file.fileno())
-                    return
-                elif (directory / CLOSED).exists():
+                elif not directory.exists() or (directory / CLOSED).exists():
                     yield from _records(file.fileno())
                     return
                 else:

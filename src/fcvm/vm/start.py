@@ -16,12 +16,11 @@ from fcvm import host, hostpath
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
 from fcvm.images.adopt import adopt
-from fcvm.network import attach
-from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.setup.kernel import boot_args
 from fcvm.storage import disks
+from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ class Boot(Start):
 
     def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
-        spec = network_spec.parse(vm.spec.network, vm.spec.publish, vm.spec.forward_localhost, vm.spec.dns)
-        return attach.create(spec, vm.id, vm.directory)
+        return network.create(vm)
 
     def disks(self, vm: "Supervisor") -> None:
         """Root, kernel, initrd and image by symbolic link, scratch as a clone of the formatted template."""

@@ -31,7 +31,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import operations, output, paths, plan, rpc, state
+from fcvm.vm import network, operations, output, paths, plan, rpc, state
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -170,7 +170,7 @@ class Supervisor:
         self.directory.mkdir(mode=0o700)
         stack.callback(self._leave)
         self.network = stack.enter_context(self._start.network(self))
-        self.entry.update(network=self.network.describe())
+        self.entry.update(network=stack.enter_context(network.shown(self)))
         self.timings.mark("network")
         self._start.disks(self)
         self.timings.mark("disks")

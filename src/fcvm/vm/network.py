@@ -1,0 +1,57 @@
+"""A VM's network as its options say, and its published ports on the host that the user sees.
+
+Where the VMs run in the machine, a port is published twice: by the VM in the machine, on any address, and by the
+machine's keeper on the user's host, where the user said.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fcvm.machine import inside
+from fcvm.network import attach, publish
+from fcvm.network import spec as network_spec
+from fcvm.network.attach import Network
+from fcvm.network.publish import Publish
+
+if TYPE_CHECKING:
+    from fcvm.vm.supervisor import Supervisor
+
+ANYWHERE = "0.0.0.0"
+
+
+def create(vm: "Supervisor") -> Network:
+    """The VM's namespace with its tap; its ports are published where the VMs are."""
+    spec = network_spec.parse(vm.spec.network, (), vm.spec.forward_localhost, vm.spec.dns)
+    return attach.create(replace(spec, publish=ports(vm)), vm.id, vm.directory)
+
+
+def ports(vm: "Supervisor") -> tuple[Publish, ...]:
+    """What is to be published where the VMs are."""
+    wanted = publish.parse_all(vm.spec.publish)
+    return tuple(replace(port, host_ip="") for port in wanted) if inside.here() else wanted
+
+
+@contextlib.contextmanager
+def shown(vm: "Supervisor") -> Iterator[dict[str, Any]]:
+    """The network as `fcvm ls` shows it, its ports published on the user's host inside the block.
+
+    Raises:
+        ConflictError: a port is taken there. MachineError: the machine does not answer.
+    """
+    described = vm.network.describe()
+    wanted = publish.parse_all(vm.spec.publish)
+    if not wanted or not inside.here():
+        yield described
+        return
+    asked = [
+        inside.Port(port.protocol, port.host_ip or ANYWHERE, port.host_port, here["host_port"])
+        for port, here in zip(wanted, described["ports"], strict=True)
+    ]
+    with inside.publish(asked) as published:
+        described["ports"] = [
+            {**here, "host_ip": port.host_ip, "host_port": number}
+            for port, here, number in zip(wanted, described["ports"], published.host_ports, strict=True)
+        ]
+        yield described
