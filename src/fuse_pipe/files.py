@@ -55,23 +55,22 @@ def create(volume: Volume, worker: Worker, flags: int, mode: int, umask: int, ex
     directory = table.fd(parent)
     wanted = _flags(volume, flags)
     worker.become_caller(umask, mode)
-    with volume.change(worker):
-        try:  # O_EXCL always: what is there already may be a device
+    try:
+        with volume.change((parent, name)):  # O_EXCL always: what is there already may be a device
             made = os.open(name, wanted & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777, dir_fd=directory.n)
-        except FileExistsError:
-            if flags & os.O_EXCL:
-                raise
-            info = os.stat(name, dir_fd=directory.n, follow_symlinks=False)
-            entry = volume.entry(parent, name, info)
-            node = table.get(m.ENTRY_OUT.unpack_from(entry)[0])
-            try:
-                number, reply = _open(volume, worker, node, flags, extra)
-            except OSError:
-                table.forget(node.id, 1)
-                raise
-            return entry + m.OPEN_OUT.pack(number, reply, 0)
-        fd = Fd(made)
-        return _opened(volume, parent, name, fd, flags)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        info = os.stat(name, dir_fd=directory.n, follow_symlinks=False)
+        entry = volume.entry(parent, name, info)
+        node = table.get(m.ENTRY_OUT.unpack_from(entry)[0])
+        try:
+            number, reply = _open(volume, worker, node, flags, extra)
+        except OSError:
+            table.forget(node.id, 1)
+            raise
+        return entry + m.OPEN_OUT.pack(number, reply, 0)
+    return _opened(volume, parent, name, Fd(made), flags)
 
 
 def _opened(volume: Volume, parent: Node | None, name: bytes, fd: Fd, flags: int) -> bytes:

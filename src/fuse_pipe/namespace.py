@@ -44,7 +44,7 @@ def mknod(volume: Volume, worker: Worker, mode: int, device: int, umask: int, _:
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
     worker.become_caller(umask, mode)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         linux.mknod(directory.n, name, mode, os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | ((device >> 12) & 0xFFF00)))
         return _made(volume, parent, directory, name)
 
@@ -54,7 +54,7 @@ def mkdir(volume: Volume, worker: Worker, mode: int, umask: int, name: bytes) ->
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
     worker.become_caller(umask, mode)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         os.mkdir(name, mode & 0o7777, dir_fd=directory.n)
         return _made(volume, parent, directory, name)
 
@@ -64,7 +64,7 @@ def symlink(volume: Volume, worker: Worker, name: bytes, target: bytes) -> bytes
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
     worker.become_caller(0)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         os.symlink(target, name, dir_fd=directory.n)
         return _made(volume, parent, directory, name)
 
@@ -82,7 +82,7 @@ def link(volume: Volume, worker: Worker, old: int, name: bytes) -> bytes:
     node = table.get(old)
     parent = table.directory(worker.nodeid)
     directory = table.fd(parent)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         volume.link(table.fd(node), directory, name)
         return _made(volume, parent, directory, name)
 
@@ -100,7 +100,7 @@ def unlink(volume: Volume, worker: Worker, name: bytes) -> bytes:
     volume.writable()
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         _keep_open(volume, parent, name)
         os.unlink(name, dir_fd=directory.n)
         volume.table.unnamed(parent, name)
@@ -111,7 +111,7 @@ def rmdir(volume: Volume, worker: Worker, name: bytes) -> bytes:
     volume.writable()
     parent = volume.table.directory(worker.nodeid)
     directory = volume.table.fd(parent)
-    with volume.change(worker):
+    with volume.change((parent, name)):
         _keep_open(volume, parent, name)
         os.rmdir(name, dir_fd=directory.n)
         volume.table.unnamed(parent, name)
@@ -127,7 +127,7 @@ def rename2(volume: Volume, worker: Worker, new_directory: int, flags: int, _: i
     source, target = table.fd(parent), table.fd(to)
     if flags & RENAME_WHITEOUT:
         worker.become_caller(0)
-    with volume.change(worker):
+    with volume.change(*(((parent, name), (to, new)) * (2 if flags & RENAME_EXCHANGE else 1))):
         _keep_open(volume, to, new)
         if flags:
             linux.rename(source.n, name, target.n, new, flags)

@@ -5,7 +5,8 @@ connection that breaks is made again and what the server does not have is sent a
 its programs only see a pause.
 
 Two things are answered here, because they would be a round trip each for nothing: FLUSH of a file that was neither
-written nor locked since the last one.
+written nor locked since the last one, and whether a file just made has capabilities, which the kernel asks at the first
+write to every file.
 """
 
 import contextlib
@@ -42,6 +43,8 @@ Connect = Callable[[], socket.socket]
 
 COPIED = 64 * 1024  # requests up to this size are copied out of the read buffer; larger ones take it with them
 SPARE_BUFFERS = 4
+REMEMBERED = 4096  # new files whose capabilities are known, at most
+_XATTR_NAME = m.IN_HEADER.size + m.GETXATTR_IN.size
 RETRY_FIRST, RETRY_MOST = 0.01, 1.0  # seconds between attempts to connect again
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
 _HEAD = struct.Struct("<IIQQ")
@@ -65,6 +68,8 @@ class Relay:
         self.channels = [relay_channel(n) for n in range(channels)]
         self.notifications = relay_channel(NOTIFY)
         self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
+        self.creating: set[int] = set()  # CREATE requests without an answer
+        self.new: set[int] = set()  # nodes made here, of whose capabilities nothing was asked or set since
         self.pending: set[int] = set()  # requests without an answer, by unique
         self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
         self.fds: list[int] = []
@@ -179,6 +184,7 @@ class Relay:
         view = memoryview(buffer)
         head = _HEAD.unpack_from
         lock, locked, written, pending = channel.lock, self.locked, self.written, self.pending
+        creating, new = self.creating, self.new
         while True:
             try:
                 size = os.readv(fd, (buffer,))
@@ -195,6 +201,16 @@ class Relay:
                         os.write(fd, m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique))
                     continue
                 written.discard(nodeid)
+            elif opcode == m.GETXATTR:
+                if nodeid in new and buffer[_XATTR_NAME:size] == b"security.capability\0":
+                    new.discard(nodeid)
+                    with contextlib.suppress(OSError):
+                        os.write(fd, m.OUT_HEADER.pack(m.OUT_HEADER.size, -errno.ENODATA, unique))
+                    continue
+            elif opcode == m.CREATE:
+                creating.add(unique)
+            elif opcode == m.SETXATTR:
+                new.discard(nodeid)
             elif opcode in (m.SETLK, m.SETLKW):
                 locked.add(nodeid)
             message: bytes | memoryview
@@ -279,7 +295,7 @@ class Relay:
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:
         reader = Reader(sock, m.OUT_HEADER.size, m.MAX_REQUEST)
         header, write, following = m.OUT_HEADER.unpack_from, os.write, reader.next
-        notifications, pending = channel.number == NOTIFY, self.pending
+        notifications, pending, creating, new = channel.number == NOTIFY, self.pending, self.creating, self.new
         while True:
             reader.more()
             while (message := following()) is not None:
@@ -289,6 +305,12 @@ class Relay:
                     continue
                 channel.count(length)
                 pending.discard(unique)
+                if creating and unique in creating:
+                    creating.discard(unique)
+                    if error == 0:
+                        if len(new) >= REMEMBERED:
+                            new.clear()
+                        new.add(m.ENTRY_OUT.unpack_from(message, m.OUT_HEADER.size)[0])
                 try:
                     write(fd, message)
                 except OSError as failed:

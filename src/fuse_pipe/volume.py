@@ -18,7 +18,6 @@ from fuse_pipe.journal import Journal
 from fuse_pipe.nodes import TICK_NS, Fd, Node, NodeTable, state_of
 from fuse_pipe.records import RecordLocks
 from fuse_pipe.watch import Watcher
-from fuse_pipe.worker import Worker
 
 # How long the other side's kernel may believe what it was told, in seconds. Changes on the host in a watched
 # directory are pushed to it at once, so names are believed for long; attributes of files for less, because a write
@@ -78,7 +77,6 @@ class Volume:
         self.negatives = 0
         self.watcher: Watcher | None = None
         self.journal: Journal | None = None
-        self.changing: set[int] = set()
         self._proc = Fd(os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
             self.nodes: NodeTable | None = NodeTable(os.open(self.path, os.O_PATH | os.O_CLOEXEC))
@@ -217,16 +215,18 @@ class Volume:
         return same
 
     @contextmanager
-    def change(self, worker: Worker) -> Iterator[None]:
-        """Around every change of names that the kernel asks for: the watcher waits for its end to judge events."""
-        token = worker.unique
-        self.changing.add(token)
+    def change(self, *names: tuple[Node, bytes]) -> Iterator[None]:
+        """Around a change of names that the kernel asks for: the events that it raises are not news to the kernel."""
+        watcher = self.watcher
+        if watcher is None:
+            yield
+            return
+        watcher.expect(names)
         try:
             yield
-        finally:
-            self.changing.discard(token)
-            if self.watcher is not None:
-                self.watcher.settled()
+        except BaseException:
+            watcher.expect(names, -1)
+            raise
 
     def writable(self) -> None:
         """EROFS on a read-only volume."""

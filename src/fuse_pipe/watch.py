@@ -1,8 +1,7 @@
 """What changes on the host is told to the kernel on the other side: inotify events become FUSE notifications.
 
-Every directory that the kernel has looked into is watched. The kernel's own requests raise events too, so an event is
-compared with what the kernel believes: a name that leads where it thinks, or a file whose ctime and size are as our
-last operation left them, needs no notification.
+Every directory that the kernel has looked into is watched. The kernel's own requests raise events too: those that change
+names are expected, one for one; a write is known by the state in which it left the file.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import select
 import struct
 import threading
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING
 
 from fuse_pipe import linux
@@ -31,6 +30,10 @@ _EVENT = struct.Struct("iIII")
 # Events within this time are taken together: a file being written raises one for every write.
 GATHER = 0.004
 
+# A file that the other side is writing is looked at when it has not for this long, in seconds.
+DEFER = 0.05
+DEFER_NS = int(DEFER * 1e9)
+
 
 class Watcher:
     """A thread that reads the events of one volume. ``notify`` takes finished notifications."""
@@ -41,8 +44,8 @@ class Watcher:
         self.fd = linux.inotify_init()
         self.watches: dict[int, Node] = {}
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
-        self._settled = threading.Condition()
-        self._waiting = False
+        self._expected: dict[tuple[int, bytes], int] = {}  # (watch, name) -> events that the kernel's own requests raise
+        self._deferred: dict[Node, None] = {}
         self._thread = threading.Thread(target=self._run, name="fuse_pipe watcher", daemon=True)
 
     @classmethod
@@ -82,11 +85,16 @@ class Watcher:
             with contextlib.suppress(OSError):  # the directory is gone, and its watch with it
                 linux.inotify_remove(self.fd, watch)
 
-    def settled(self) -> None:
-        """A change that the kernel asked for is done."""
-        if self._waiting:
-            with self._settled:
-                self._settled.notify_all()
+    def expect(self, names: tuple[tuple[Node, bytes], ...], count: int = 1) -> None:
+        """The kernel's own request is about to raise an event for each of these names (or, with -1, did not)."""
+        for directory, name in names:
+            if directory.watch is not None and directory.watch >= 0:
+                key = (directory.watch, name)
+                left = self._expected.get(key, 0) + count
+                if left > 0:
+                    self._expected[key] = left
+                else:
+                    self._expected.pop(key, None)
 
     def _run(self) -> None:
         poll = select.poll()
@@ -96,51 +104,65 @@ class Watcher:
         stop.register(self._stop_read, select.POLLIN)
         last = 0.0
         while True:
-            if any(fd == self._stop_read for fd, _ in poll.poll()):
+            ready = [fd for fd, _ in poll.poll(DEFER * 1000 if self._deferred else None)]
+            if self._stop_read in ready:
                 return
             rest = last + GATHER - monotonic()
             if rest > 0 and stop.poll(rest * 1000):
                 return
             last = monotonic()
             try:
-                data = os.read(self.fd, 256 * 1024)
-                self._judge(data)
+                self._check_deferred()
+                if ready:
+                    self._judge(os.read(self.fd, 256 * 1024))
             except OSError:
                 continue  # the root is gone: nothing more will come
 
     def _judge(self, data: bytes) -> None:
-        """Look at every event, once the changes under way when they were read are done."""
+        """Look at every event that is not expected."""
         names: set[tuple[Node, bytes]] = set()
-        files: set[tuple[Node, bytes]] = set()
-        at = 0
-        while at < len(data):
-            watch, mask, _, length = _EVENT.unpack_from(data, at)
-            name = data[at + 16 : at + 16 + length].rstrip(b"\0")
+        expected, watches, unpack = self._expected, self.watches, _EVENT.unpack_from
+        at, end, now = 0, len(data), time_ns()
+        while at < end:
+            watch, mask, _, length = unpack(data, at)
+            name = data[at + 16 : data.index(0, at + 16)] if length else b""
             at += 16 + length
+            if mask & NAMES:
+                left = expected.get((watch, name))
+                if left is not None:
+                    if left > 1:
+                        expected[(watch, name)] = left - 1
+                    else:
+                        del expected[(watch, name)]
+                elif watch in watches:
+                    names.add((watches[watch], name))
+                continue
             if mask & IN_Q_OVERFLOW:
+                expected.clear()
                 self.check_all()
                 continue
-            directory = self.watches.get(watch)
+            directory = watches.get(watch)
             if directory is None:
                 continue
             if mask & IN_IGNORED:
-                del self.watches[watch]
+                del watches[watch]
                 directory.watch = None
-            elif mask & NAMES:
-                names.add((directory, name))
+                continue
+            node = directory.children.get(name) if name else directory
+            if node is None:
+                continue
+            if now - node.data_at < DEFER_NS:  # being written from the other side: look when that pauses
+                self._deferred[node] = None
             else:
-                files.add((directory, name))
-        pending = set(self.volume.changing)
-        if pending:
-            self._waiting = True
-            with self._settled:
-                self._settled.wait_for(lambda: not pending & self.volume.changing, timeout=1)
-            self._waiting = False
+                self.check_file(node)
         for directory in {directory for directory, name in names if self.check_name(directory, name)}:
             self.check_file(directory, force=True)
-        for directory, name in files - names:
-            node = directory.children.get(name) if name else directory
-            if node is not None:
+
+    def _check_deferred(self) -> None:
+        if self._deferred:
+            now = time_ns()
+            for node in [node for node in self._deferred if now - node.data_at >= DEFER_NS]:
+                del self._deferred[node]
                 self.check_file(node)
 
     def check_name(self, directory: Node, name: bytes) -> bool:
