@@ -12,7 +12,7 @@ The host's keeper (``fcvm/machine/keeper.py``) starts QEMU and holds the other e
     host:    {"type":"shutdown"}                                   end every process, unmount, power off
 
 Its configuration comes as an SMBIOS OEM string (type 11, SMBIOS specification 3.6, section 7.12), which needs no driver:
-JSON with ``hostname``, ``address``, ``prefix``, ``gateway``, ``dns``, ``authorized_key``, ``host_key``, ``user``.
+JSON with ``hostname``, ``address``, ``prefix``, ``gateway``, ``dns``, ``user``.
 PID 1 forks the agent and reaps; when the agent ends, whatever the reason, the machine powers off.
 """
 
@@ -33,7 +33,7 @@ DATA = "/mnt/fcvm-btrfs"
 HOST = "/host"
 HOST_TAG = "host"  # of the virtio-fs device
 RUN = "/run/fcvm"
-SESSION_SOCKET = f"{RUN}/session.sock"
+SESSION_PORT = 1024  # of virtio-vsock; the keeper connects to it
 
 # Not loaded on demand: devices have no udev here, and /dev/kvm and /dev/net/tun exist only once their driver does.
 # In two groups, as loading is mostly decompressing and linking, and there are two CPUs or more.
@@ -85,7 +85,6 @@ def _agent() -> int:
         user = configuration.get("user")
         if user:
             system.add_user(user)
-        system.start_sshd(configuration)
         os.makedirs(RUN, exist_ok=True)
         ports = Ports(f"{RUN}/ports.sock", control.send)
         sessions = Sessions()
@@ -102,8 +101,8 @@ class Sessions:
     """The session server: a process of its own, so that nothing it does can stop the control channel, and replaceable."""
 
     def __init__(self) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(SESSION_SOCKET)
+        self._listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        self._listener.bind((socket.VMADDR_CID_ANY, SESSION_PORT))
         self._listener.listen(1024)
         self.start()
 

@@ -1,4 +1,4 @@
-"""What the machine's PID 1 does to its operating system: modules, network, data disk, user, sshd, power off.
+"""What the machine's PID 1 does to its operating system: modules, network, data disk, user, power off.
 
 One function per thing, each raising ``Broken`` with one sentence when the machine cannot go on without it.
 """
@@ -156,32 +156,6 @@ def add_user(user: dict[str, Any]) -> None:
         os.makedirs(directory, exist_ok=True)
         os.chown(directory, uid, gid)
         os.chmod(directory, 0o700)
-
-
-def start_sshd(configuration: dict[str, Any]) -> None:
-    """Start sshd for root with the one key of the host's user."""
-    directory = "/run/fcvm/ssh"
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
-    _write(f"{directory}/host_key", configuration["host_key"], 0o600)
-    _write(f"{directory}/authorized_keys", configuration["authorized_key"] + "\n", 0o600)
-    _write(
-        f"{directory}/config",
-        f"HostKey {directory}/host_key\nAuthorizedKeysFile {directory}/authorized_keys\nPidFile none\n"
-        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\n"
-        "UseDNS no\nLoginGraceTime 0\nStrictModes no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 1000\n"
-        "AllowUsers root\nSubsystem sftp internal-sftp\n",
-    )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-        ready.bind(f"{directory}/notify")  # sshd says READY=1 there, as to systemd, once it listens
-        ready.settimeout(60)
-        environment = {**os.environ, "NOTIFY_SOCKET": f"{directory}/notify"}
-        # It needs its absolute name: it starts itself anew for every connection.
-        os.posix_spawn("/usr/sbin/sshd", ["/usr/sbin/sshd", "-D", "-e", "-f", f"{directory}/config"], environment)
-        try:
-            ready.recv(4096)
-        except TimeoutError as error:
-            raise Broken("sshd does not start") from error
 
 
 def set_clock(seconds: float) -> None:

@@ -25,6 +25,7 @@ SPEC = qemu.Spec(
     control_fd=7,
     qmp_fd=8,
     hostfs_fd=9,
+    vsock_fd=6,
     kernel_arguments="quiet fcvm.role=machine",
 )
 
@@ -45,7 +46,7 @@ def test_command_line() -> None:
     assert "readonly=on" in root
     assert "file=/with,,comma/disk.img," in disk
     assert "unsafe" not in disk
-    assert {re.search(r"fd=(\d)", value)[1] for value in values("-chardev") if "fd=" in value} == {"7", "8", "9"}  # type: ignore[index]
+    assert {re.search(r"fd=(\d)", value)[1] for value in values("-chardev") if "fd=" in value} == {"6", "7", "8", "9"}  # type: ignore[index]
     assert any("size=2048M" in value and "share=on" in value for value in values("-object"))
 
 

@@ -3,13 +3,12 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from typing import Any
 
 from fcvm.cli.context import Context
-from fcvm.errors import NotFoundError
+from fcvm.errors import FcvmError, NotFoundError
 
 WHERE = "here"
 
@@ -100,7 +99,6 @@ def _describe(context: Context) -> dict[str, Any]:
         "disk_mib": size,
         "disk_used_mib": used,
         "disk_path": str(places.disk),
-        "ssh_port": now.ssh_port or None,
     }
 
 
@@ -114,18 +112,30 @@ def _resident(pid: int) -> int:
 
 
 def _ssh(args: argparse.Namespace, context: Context) -> int:
-    from fcvm.machine import ssh
+    from fcvm.agent.session import Request
+    from fcvm.machine import forward
     from fcvm.machine.machine import Machine
 
     machine = Machine(context.config, context.layout)
     if machine.status().phase != "running":
         _start(args, context)
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
-    # ssh joins its words with spaces and lets the shell over there part them again.
-    quoted = [shlex.join(words)] if len(words) > 1 else words
-    command = ssh.command(machine.places, quoted, terminal=bool(words) and os.isatty(0) and os.isatty(1))
-    sys.stdout.flush()
-    os.execv(command[0], command)
+    if len(words) == 1:  # a line for the shell, as with ssh
+        words = ["/bin/sh", "-c", *words]
+    ended = forward.run(
+        machine.places,
+        Request(
+            words or ["/bin/bash", "--login"],
+            target="vm",
+            env=forward.terminal_environment(),
+            tty=forward.has_terminal(),
+            stdin=True,
+            grace=0,
+        ),
+    )
+    if ended.message:
+        raise FcvmError(ended.message, exit_code=ended.code)
+    return ended.code
 
 
 def _rm(args: argparse.Namespace, context: Context) -> int:

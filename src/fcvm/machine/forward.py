@@ -1,7 +1,7 @@
 """Runs a parsed command in the machine as if it ran here: terminal, streams, signals, exit code, and its very life.
 
-The command is a session of the machine's session server, reached through a Unix socket that the keeper's OpenSSH
-connection forwards. Its grace is 0: if this process ends, even by SIGKILL, the connection breaks and the command is
+The command is a session of the machine's session server, reached through a Unix socket of the keeper's that leads to
+the machine's virtio-vsock. Its grace is 0: if this process ends, even by SIGKILL, the connection breaks and the command is
 killed. It is run as root for root, and as the account of the same name otherwise.
 """
 
@@ -44,8 +44,8 @@ def forward(envelope: Mapping[str, Any], config: Config) -> int:
         user=_user(),
         env=environment(wanted),
         cwd="/",
-        tty=_has_terminal(),
-        stdin=_has_terminal() or bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
+        tty=has_terminal(),
+        stdin=has_terminal() or bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
         grace=0,
     )
     try:
@@ -76,13 +76,18 @@ def run(places: Places, request: Request) -> Exit:
 
 def environment(wanted: Plan) -> dict[str, str]:
     """The environment of fcvm in the machine."""
-    env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    env = terminal_environment()
     env["FCVM_HOST_ROOT"] = str(HOST)
     env["FCVM_BASE_DIR"] = str(BASE)
     env["FCVM_ASSETS"] = str(wanted.assets)
     if os.geteuid() != 0:
         env["XDG_RUNTIME_DIR"] = f"/run/user/{os.geteuid()}"
     return env
+
+
+def terminal_environment() -> dict[str, str]:
+    """What of our environment says how output should look."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 def _ready(places: Places, wanted: Plan) -> bool:
@@ -105,7 +110,7 @@ def _user() -> str | None:
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
     """Whether all our streams are one terminal, and we are in its foreground: in the background, leave it alone."""
     try:
         return all(os.isatty(fd) for fd in (0, 1, 2)) and os.tcgetpgrp(0) == os.getpgrp()

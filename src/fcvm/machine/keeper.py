@@ -1,9 +1,9 @@
-"""The process behind a running machine: it starts QEMU, serves it the host's files, and keeps the OpenSSH connection.
+"""The process behind a running machine: it starts QEMU and serves it the host's files and the way to its sessions.
 
-One keeper per machine, detached from the command that started it. QEMU and ssh are bound to it (SIGKILL when it ends,
-however that happens) and it ends with QEMU, so nothing is left over and nothing runs twice. It is a small event loop
-over descriptors: the control channel to the machine's PID 1, QEMU's and ssh's pidfds. SIGTERM stops the machine
-properly.
+One keeper per machine, detached from the command that started it. QEMU is bound to it (SIGKILL when it ends, however
+that happens) and it ends with QEMU, so nothing is left over and nothing runs twice. The two devices that it serves
+have a thread each; the main thread waits for the control channel to the machine's PID 1 and for QEMU's end. SIGTERM
+stops the machine properly.
 """
 
 import contextlib
@@ -18,21 +18,26 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fcvm import process
 from fcvm.errors import FcvmError, HostError, MachineError
-from fcvm.linux import inotify
-from fcvm.machine import hostfs, qemu, ssh, state
+from fcvm.linux import sockets
+from fcvm.machine import hostfs, qemu, state
 from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
+from fcvm.machine.vsock import Vsock
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
 CLOCK_EVERY = 300.0  # seconds between two settings of the machine's clock
 CONSOLE_LINES = 12
+
+SESSION_PORT = 1024  # of virtio-vsock; fc_agent/machine.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,24 +169,16 @@ class Keeper:
         self._tell("starting", "preparing")
         deadline = time.monotonic() + START_TIME
         make_disk(self._places.disk, self._job.disk)
-        ssh.make_keys(self._places)
         self._start_qemu(stack)
         self._tell("starting", "booting")
         self._wait_for_boot(deadline)
         self._set_clock()
-        self._tell("starting", "connecting")
-        port = self._monitor.forward("tcp", "127.0.0.1", 0, qemu.ADDRESS, 22)
-        self._state = replace(self._state, ssh_port=port)
-        ssh.write_config(self._places, port)
-        self._start_ssh()
-        self._wait_for_ssh(deadline)
 
     def _start_qemu(self, stack: contextlib.ExitStack) -> None:
-        pairs = [socket.socketpair() for _ in range(3)]
-        self._control, monitor, files = (ours for ours, _ in pairs)
-        control_fd, qmp_fd, hostfs_fd = (theirs.fileno() for _, theirs in pairs)
+        pairs = [socket.socketpair() for _ in range(4)]
+        self._control, monitor, files, connections = (ours for ours, _ in pairs)
+        fds = control_fd, qmp_fd, hostfs_fd, vsock_fd = tuple(theirs.fileno() for _, theirs in pairs)
         self._places.oem.write_text(self._oem())
-        self._places.oem.chmod(0o600)
         self._places.console.unlink(missing_ok=True)
         spec = qemu.Spec(
             cpus=self._job.cpus,
@@ -195,6 +192,7 @@ class Keeper:
             control_fd=control_fd,
             qmp_fd=qmp_fd,
             hostfs_fd=hostfs_fd,
+            vsock_fd=vsock_fd,
             kernel_arguments=self._job.kernel_arguments,
         )
         self._qemu = process.spawn(
@@ -202,7 +200,7 @@ class Keeper:
             stdout=sys.stderr,
             stderr=sys.stderr,
             cwd="/",
-            pass_fds=(control_fd, qmp_fd, hostfs_fd),
+            pass_fds=fds,
         )
         stack.callback(_end_process, self._qemu)
         for _, theirs in pairs:
@@ -210,14 +208,16 @@ class Keeper:
         self._qemu_fd = os.pidfd_open(self._qemu.pid)
         self._state = replace(self._state, qemu_pid=self._qemu.pid)
         self._monitor = Monitor(monitor)
-        threading.Thread(target=self._serve_files, args=(files,), daemon=True, name="hostfs").start()
+        vsock = Vsock(connections, sockets.listen(self._places.session), SESSION_PORT)
+        for name, serve in (("hostfs", lambda: hostfs.serve_host(files)), ("vsock", vsock.serve)):
+            threading.Thread(target=self._serve_device, args=(name, serve), daemon=True, name=name).start()
 
-    def _serve_files(self, sock: socket.socket) -> None:
-        """Serve the host's files; without them the machine is useless, so a failure ends it."""
+    def _serve_device(self, name: str, serve: Callable[[], None]) -> None:
+        """Serve a device; without it the machine is useless, so a failure ends it."""
         try:
-            hostfs.serve_host(sock)
-        except Exception as error:
-            self._say(f"error: the server of the host's files failed: {error!r}")
+            serve()
+        except Exception:
+            self._say(f"error: the device {name} failed\n{traceback.format_exc()}")
             self._qemu.kill()
 
     def _oem(self) -> str:
@@ -234,8 +234,6 @@ class Keeper:
             "prefix": qemu.PREFIX,
             "gateway": qemu.GATEWAY,
             "dns": qemu.DNS,
-            "authorized_key": self._places.key.with_suffix(".pub").read_text().strip(),
-            "host_key": self._places.host_key.read_text(),
             "user": user,
         }
         return f"fcvm:{json.dumps(configuration)}"
@@ -281,25 +279,13 @@ class Keeper:
             lines = []
         return "".join(f"\n  {line}" for line in ["The end of its console:", *lines]) if lines else ""
 
-    def _start_ssh(self) -> None:
-        self._ssh = process.spawn(ssh.master_command(self._places), stdout=sys.stderr, stderr=sys.stderr, cwd="/")
-        self._ssh_fd = os.pidfd_open(self._ssh.pid)
-
-    def _wait_for_ssh(self, deadline: float) -> None:
-        """Until the forwarded socket exists, which ssh makes when the connection stands."""
-        with inotify.Watch(self._places.runtime, inotify.IN_CREATE) as watch:
-            while not self._places.session.exists():
-                left = deadline - time.monotonic()
-                if not watch.wait(timeout=left, unless=self._ssh_fd):
-                    raise MachineError("OpenSSH does not get into the machine.", hint="fcvm machine logs")
-
     # Running
 
     def _keep(self) -> None:
         """Serve the machine until QEMU ends. Raises MachineError: it ended by itself."""
         while True:
             poll = select.poll()
-            for fd in (self._control.fileno(), self._qemu_fd, self._ssh_fd):
+            for fd in (self._control.fileno(), self._qemu_fd):
                 poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(CLOCK_EVERY * 1000)}
             if self._control.fileno() in ready:
@@ -307,11 +293,6 @@ class Keeper:
                     self._on_message(message)
             elif self._qemu_fd in ready:
                 raise self._died()
-            elif self._ssh_fd in ready:
-                self._say(f"ssh ended with {self._ssh.wait()}, starting it again")
-                os.close(self._ssh_fd)
-                self._start_ssh()
-                self._wait_for_ssh(time.monotonic() + 60)
             else:
                 self._set_clock()
 

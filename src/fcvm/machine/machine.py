@@ -31,9 +31,8 @@ LEAST_MEMORY = 1024
 HOST_SHARE = 0.8
 
 TITLES = {
-    "preparing": "preparing its disk and keys",
+    "preparing": "preparing its disk",
     "booting": "booting",
-    "connecting": "connecting",
 }
 
 
@@ -61,7 +60,7 @@ class Machine:
         """Start it if it does not run, wait if it is starting, and give it what VMs need.
 
         Raises:
-            HostError: QEMU or OpenSSH is missing, no space, no permission.
+            HostError: QEMU is missing or too old, no space, no permission.
             MachineError: it does not start; the message holds the end of its console.
         """
         places = self.places
@@ -140,7 +139,7 @@ class Machine:
         return True
 
     def remove(self) -> None:
-        """Stop it and remove its disk, its keys and whatever else is left of it."""
+        """Stop it and remove its disk and whatever else is left of it."""
         self.stop()
         _remove_leftovers(self.places)
         if self.places.directory.exists():

@@ -42,14 +42,6 @@ class Places:
         return self.directory / "disk.img"
 
     @property
-    def key(self) -> Path:
-        return self.directory / "key"
-
-    @property
-    def host_key(self) -> Path:
-        return self.directory / "host_key"
-
-    @property
     def console(self) -> Path:
         return self.directory / "console.log"
 
@@ -73,21 +65,12 @@ class Places:
 
     @property
     def session(self) -> Path:
-        """The machine's session server, forwarded by OpenSSH."""
+        """The way to the machine's session server."""
         return self.runtime / "session.sock"
 
     @property
-    def ssh(self) -> Path:
-        """The control socket of the OpenSSH connection."""
-        return self.runtime / "ssh.sock"
-
-    @property
-    def ssh_config(self) -> Path:
-        return self.runtime / "ssh_config"
-
-    @property
     def oem(self) -> Path:
-        """What the machine is told at its start; it holds its private host key."""
+        """What the machine is told at its start."""
         return self.runtime / "oem"
 
     def make(self) -> None:
@@ -128,7 +111,6 @@ class State:
     pid: int = 0
     qemu_pid: int = 0
     since: float = 0.0
-    ssh_port: int = 0
     cpus: int = 0
     memory: int = 0
     disk: int = 0

@@ -6,7 +6,7 @@ thread. Message numbers and layouts: QEMU's ``docs/interop/vhost-user.rst``.
 """
 
 import os
-import selectors
+import select
 import socket
 import struct
 import threading
@@ -18,19 +18,20 @@ from fcvm.machine.virtqueue import Chain, Memory, Virtqueue
 GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
-GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
+GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE, GET_CONFIG = 15, 16, 17, 18, 24
 
 VERSION, REPLY, NEED_REPLY = 1, 1 << 2, 1 << 3
 
 # Bits of the device's features and of the protocol's.
 VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1 = 28, 30, 32
-PROTOCOL_F_MQ, PROTOCOL_F_REPLY_ACK = 0, 3
+PROTOCOL_F_MQ, PROTOCOL_F_REPLY_ACK, PROTOCOL_F_CONFIG = 0, 3, 9
 
 _HEADER = struct.Struct("<III")  # request, flags, size of the payload
 _U64 = struct.Struct("<Q")
 _STATE = struct.Struct("<II")  # queue, number
 _ADDRESSES = struct.Struct("<IIQQQQ")  # queue, flags, descriptors, used, available, log
 _REGION = struct.Struct("<QQQQ")  # guest address, size, user address, offset in the file
+_CONFIG = struct.Struct("<III")  # offset, size, flags
 NO_FD = 1 << 8  # in a vring's fd message: none was passed
 
 Complete = Callable[[int], None]
@@ -48,6 +49,7 @@ class _Ring:
         self.call = -1
         self.enabled = False
         self.queue: Virtqueue | None = None
+        self.generation = 0  # one more with every stop
         self.lock = threading.Lock()  # handlers may complete on other threads
 
 
@@ -55,28 +57,59 @@ class Backend:
     """A device with ``queues`` virtqueues, served over the connected socket ``sock``.
 
     ``handle(queue, chain, complete)`` is called for every request and must call ``complete(written)`` once, at once
-    or later and on any thread.
+    or later and on any thread. ``stopped(queue)`` is called when the guest or QEMU stops a queue: the requests that it
+    had are void. ``config`` is the device's configuration space.
     """
 
-    def __init__(self, sock: socket.socket, queues: int, handle: Handler) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        queues: int,
+        handle: Handler,
+        *,
+        config: bytes = b"",
+        stopped: Callable[[int], None] | None = None,
+    ) -> None:
         self._sock = sock
         self._rings = [_Ring() for _ in range(queues)]
         self._handle = handle
-        self._selector = selectors.DefaultSelector()
+        self._config = config
+        self._stopped = stopped
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[int], None]] = {}
         self._memory = Memory([])
+        self._thread = 0
+        self._to_notify: set[int] = set()
+
+    def watch(self, fd: int, events: int, ready: Callable[[int], None]) -> None:
+        """Call ``ready(events)`` in ``serve``'s loop when ``fd`` is (EPOLLIN...), or has hung up. Only from that thread."""
+        if fd in self._ready:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._ready[fd] = ready
+
+    def unwatch(self, fd: int) -> None:
+        """Undo ``watch``, before ``fd`` is closed."""
+        if self._ready.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def serve(self) -> None:
         """Serve until QEMU closes the connection. Raises ValueError, OSError: QEMU or the guest broke the protocol."""
-        self._selector.register(self._sock, selectors.EVENT_READ, None)
+        self._thread = threading.get_ident()
+        self._epoll.register(self._sock, select.EPOLLIN)
         try:
             while True:
-                for key, _ in self._selector.select():
-                    if key.data is not None:
-                        self._kicked(key.data)
-                    elif not self._message():
+                for fd, events in self._epoll.poll():
+                    if fd in self._ready:
+                        self._ready[fd](events)
+                    elif fd == self._sock.fileno() and not self._message():
                         return
+                for number in self._to_notify:
+                    self._notify(self._rings[number])
+                self._to_notify.clear()
         finally:
-            self._selector.close()
+            self._epoll.close()
             for ring in self._rings:
                 _close(ring.kick, ring.call)
 
@@ -102,9 +135,13 @@ class Backend:
             features = (VIRTIO_RING_F_INDIRECT_DESC, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1)
             return _U64.pack(sum(1 << bit for bit in features))
         if request == GET_PROTOCOL_FEATURES:
-            return _U64.pack(1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK)
+            config = 1 << PROTOCOL_F_CONFIG if self._config else 0
+            return _U64.pack(1 << PROTOCOL_F_MQ | 1 << PROTOCOL_F_REPLY_ACK | config)
         if request == GET_QUEUE_NUM:
             return _U64.pack(len(self._rings))
+        if request == GET_CONFIG:
+            offset, size, flags = _CONFIG.unpack_from(payload)
+            return _CONFIG.pack(offset, size, flags) + self._config[offset : offset + size].ljust(size, b"\0")
         if request == SET_MEM_TABLE:
             self._set_memory(payload, fds)
         elif request == SET_VRING_NUM:
@@ -137,9 +174,9 @@ class Backend:
             [Memory.map(fd, guest, user, size, offset) for fd, (guest, size, user, offset) in zip(fds, regions, strict=True)]
         )
         for ring in self._rings:
-            if ring.queue is not None:  # the memory has moved under it
-                self._stop(ring)
-                self._start(ring)
+            with ring.lock:
+                if ring.queue is not None and ring.addresses is not None:  # the same queue, mapped anew
+                    ring.queue = Virtqueue(self._memory, ring.size, *ring.addresses, ring.queue.index)
 
     def _set_descriptor(self, request: int, value: int, fds: list[int]) -> None:
         ring = self._rings[value & 0xFF]
@@ -160,15 +197,18 @@ class Backend:
         if ring.queue is None and ring.enabled and ring.kick >= 0 and ring.addresses is not None:
             with ring.lock:
                 ring.queue = Virtqueue(self._memory, ring.size, *ring.addresses, ring.base)
-            self._selector.register(ring.kick, selectors.EVENT_READ, ring)
+            self.watch(ring.kick, select.EPOLLIN, lambda _events: self._kicked(ring))
             self._drain(ring)
 
     def _stop(self, ring: _Ring) -> None:
         if ring.queue is not None:
-            self._selector.unregister(ring.kick)
+            self.unwatch(ring.kick)
             with ring.lock:
                 ring.base = ring.queue.index
                 ring.queue = None
+                ring.generation += 1
+            if self._stopped is not None:
+                self._stopped(self._rings.index(ring))
 
     def _kicked(self, ring: _Ring) -> None:
         with suppress(BlockingIOError):
@@ -178,18 +218,29 @@ class Backend:
     def _drain(self, ring: _Ring) -> None:
         number = self._rings.index(ring)
         while ring.queue is not None and (chain := ring.queue.pop()) is not None:
-            self._handle(number, chain, self._completion(ring, ring.queue, chain.head))
+            self._handle(number, chain, self._completion(number, chain.head))
 
-    @staticmethod
-    def _completion(ring: _Ring, queue: Virtqueue, head: int) -> Complete:
+    def _completion(self, number: int, head: int) -> Complete:
+        ring = self._rings[number]
+        generation = ring.generation
+
         def complete(written: int) -> None:
             with ring.lock:
-                if ring.queue is queue:  # else the guest has reset the device: nobody waits any more
-                    queue.push(head, written)
-                    if ring.call >= 0:
-                        os.write(ring.call, _U64.pack(1))
+                if ring.queue is None or ring.generation != generation:  # a reset: nobody waits any more
+                    return
+                ring.queue.push(head, written)
+                if threading.get_ident() == self._thread:  # one interrupt for all that this round does
+                    self._to_notify.add(number)
+                    return
+            self._notify(ring)
 
         return complete
+
+    @staticmethod
+    def _notify(ring: _Ring) -> None:
+        with ring.lock:
+            if ring.call >= 0:
+                os.write(ring.call, _U64.pack(1))
 
 
 def _close(*fds: int) -> None:
