@@ -25,7 +25,7 @@ IMAGE = "localhost/fcvm-demo:latest"
 
 def fcvm(spec: dict[str, object]) -> tuple[float, dict[str, float]]:
     """Run the demo image's `echo` once: seconds of the whole command, and the stages that --timings prints."""
-    envelope = {"args": {"command": "podman", "action": "run", "spec": spec}, "settings": {}}
+    envelope = {"args": {"fcvm_command": "podman", "action": "run", "spec": spec}, "settings": {}}
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "fcvm.cli.remote", json.dumps(envelope)], capture_output=True, text=True, check=True

@@ -54,7 +54,7 @@ def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
     parser.add_argument("--version", action="version", version=f"fcvm {__version__}")
     for option, text in GLOBAL_OPTIONS.items():
         parser.add_argument(option, help=text)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, title="commands")
+    commands = parser.add_subparsers(dest="fcvm_command", metavar="COMMAND", parser_class=Parser, title="commands")
     for name, (module, summary) in COMMANDS.items():
         child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
         if name == command or all_commands:
@@ -119,7 +119,7 @@ def dispatch(argv: list[str]) -> int:
     name = requested(argv)
     parser = build(name)
     args = parser.parse_args(argv)
-    if args.command is None:
+    if args.fcvm_command is None:
         parser.print_help()
         return 0
 
@@ -130,7 +130,7 @@ def dispatch(argv: list[str]) -> int:
     overrides = {"base_dir": args.base_dir, "log": args.log}
     context = Context(settings.load(overrides))
     log.configure(context.config.log)
-    module = load(COMMANDS[args.command][0])
+    module = load(COMMANDS[args.fcvm_command][0])
     if hasattr(module, "prepare"):
         module.prepare(args, context)
     if module.WHERE == "vms":

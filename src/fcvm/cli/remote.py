@@ -43,7 +43,7 @@ def carry_out(envelope: dict[str, Any]) -> int:
     context = Context(settings.load(envelope["settings"]))
     log.configure(context.config.log)
     args = argparse.Namespace(**envelope["args"])
-    return int(load(COMMANDS[args.command][0]).run(args, context))
+    return int(load(COMMANDS[args.fcvm_command][0]).run(args, context))
 
 
 if __name__ == "__main__":
