@@ -100,6 +100,8 @@ class Keeper:
         return code
 
     def end(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            self.ask("stop", code=signal.SIGKILL)
         self.requests.close()
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)

@@ -33,6 +33,9 @@ ACK_BYTES = 1 << 20
 HELLO_MOST = 4096
 BUFFER = 4 << 20  # asked of the kernel for each socket
 _IOV_MAX = 1024
+# What a side keeps for a peer that acknowledges nothing; a real one is far below it.
+KEPT_MESSAGES = 16384
+KEPT_BYTES = 192 << 20
 
 Buffers = Sequence[bytes | bytearray | memoryview]
 _LENGTH = struct.Struct("<I")
@@ -81,6 +84,7 @@ class Channel:
         self._ack = bytearray(ack)
         self._acked = 0
         self._bytes = 0
+        self.kept = 0  # bytes in unacked
 
     def count(self, size: int) -> None:
         """A message of the peer's was taken in."""
@@ -106,13 +110,21 @@ class Channel:
         while self.base < count:
             message = self.unacked.popleft()
             self.base += 1
+            self.kept -= sum(map(len, message))
             if self.dropped is not None:
                 self.dropped(message)
 
     def send(self, messages: Sequence[Buffers]) -> None:
-        """Send messages, or keep them for the next connection if there is none."""
+        """Send messages, or keep them for the next connection if there is none.
+
+        Raises:
+            ProtocolError: the peer acknowledges nothing, and too much is kept for it.
+        """
         with self.lock:
             self.unacked.extend(messages)
+            self.kept += sum(len(buffer) for message in messages for buffer in message)
+            if len(self.unacked) > KEPT_MESSAGES or self.kept > KEPT_BYTES:
+                raise ProtocolError("nothing is acknowledged")
             if self.sock is None:
                 return
             ack = self.due()

@@ -24,6 +24,10 @@ from fuse_pipe.messages import ROOT_ID
 TICK_NS = 10_000_000
 
 
+# Nodes that a kernel may hold references to; each takes some 400 bytes here.
+NODES = 4_000_000
+
+
 class Fd:
     """A descriptor that is closed when nothing refers to it any more, so never under a thread that is using it."""
 
@@ -149,6 +153,8 @@ class NodeTable:
             return node
 
     def _new(self, kind: int, key: tuple[int, int]) -> Node:
+        if len(self.by_id) >= NODES:
+            raise OSError(errno.ENFILE, "too many nodes are known")
         self._next_id += 1
         node = Node(self._next_id, kind, *key)
         self.by_id[node.id] = self.by_key[key] = node

@@ -224,6 +224,7 @@ class Relay:
                 pending.add(unique)
             with lock:
                 channel.unacked.append((message,))
+                channel.kept += size
                 sock = channel.sock
                 if sock is None:
                     continue
@@ -290,6 +291,7 @@ class Relay:
             kept = [message for message in channel.unacked if _HEAD.unpack_from(message[0])[2] in self.pending]
             channel.unacked.clear()
             channel.unacked.extend(kept)
+            channel.kept = sum(len(message[0]) for message in kept)
             return channel.base
 
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:

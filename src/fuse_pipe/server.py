@@ -1,6 +1,7 @@
 """The host's side: serves a directory to any number of mounts over stream sockets."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from fuse_pipe.worker import this_worker
 
 log = logging.getLogger("fuse_pipe")
 
+CONNECTIONS = 256  # at a time
 SESSIONS = 8  # mounts at a time; the oldest without a connection gives way
 
 
@@ -95,7 +97,7 @@ class Server:
         except ConnectionLost:
             pass
         except FusePipeError as error:
-            log.warning("connection closed: %s", error)
+            log.info("connection closed: %s", error)
             with contextlib.suppress(OSError):
                 send_hello(sock, {"error": str(error)[: HELLO_MOST // 2]})
         except Exception:
@@ -136,6 +138,9 @@ class Server:
                 },
             )  # fmt: skip
             channel.attach(sock, received)
+            if channel.number == NOTIFY and session.unnotified and session.volume.watcher is not None:
+                session.unnotified = False
+                session.volume.watcher.invalidate_all()
             try:
                 self._loop(session, channel, sock)
             finally:
@@ -179,8 +184,14 @@ class Server:
         while True:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):
+                    return
+                threading.Event().wait(0.1)  # no descriptors, no memory: they may come back
+                continue
+            if len(self.connections) >= CONNECTIONS:
+                sock.close()
+                continue
             threading.Thread(target=self.connection, args=(sock,), name="fuse_pipe connection", daemon=True).start()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fuse_pipe import locking
 from fuse_pipe import messages as m
-from fuse_pipe.channel import ACK, NOTIFY, Buffers, Channel, server_channel
+from fuse_pipe.channel import ACK, KEPT_MESSAGES, NOTIFY, Buffers, Channel, server_channel
 from fuse_pipe.errors import ConnectionLost, ProtocolError
 from fuse_pipe.operations import CHANGES, OPERATIONS, SLOW
 from fuse_pipe.volume import Volume
@@ -22,6 +22,7 @@ log = logging.getLogger("fuse_pipe")
 WAKE = signal.SIGUSR1
 CHANNELS = 64  # of one mount, at most
 THREADS = 64  # for slow requests, at most; beyond it they wait for one another
+SLOW_MOST = 1024  # slow requests and waits for locks at a time
 REMEMBERED = 256  # interrupts that came before what they interrupt
 _OUT = m.OUT_HEADER.pack
 _IN = m.IN_HEADER.unpack_from
@@ -98,8 +99,8 @@ class Session:
         self._threads = threading.BoundedSemaphore(THREADS)
         self.idle = threading.Condition()  # notified when slow requests end
         if volume.watcher is not None:
-            notify = self.channel(NOTIFY)
-            volume.watcher.notify = lambda message: notify.send(((message,),))
+            volume.watcher.notify = self._notify
+        self.unnotified = False  # notifications were dropped because nobody took them
 
     def channel(self, number: int) -> Channel:
         """The channel of this number, made when it is first asked for."""
@@ -110,6 +111,13 @@ class Session:
                     raise ProtocolError(f"there is no channel {number}")
                 channel = self.channels[number] = server_channel(number)
             return channel
+
+    def _notify(self, message: bytes) -> None:
+        channel = self.channel(NOTIFY)
+        if len(channel.unacked) < KEPT_MESSAGES // 2:
+            channel.send(((message,),))
+        else:
+            self.unnotified = True
 
     def handle(self, channel: Channel, worker: Worker, message: memoryview, replies: list[Buffers]) -> None:
         """Do what one message asks; its reply, if there is one now, is added to ``replies``.
@@ -143,7 +151,6 @@ class Session:
         length, opcode, unique, nodeid, uid, gid, pid, extension, _ = _IN(message)
         decode = self.volume.decoders.get(opcode)
         if decode is None:
-            log.warning("unknown opcode %d", opcode)
             return (_OUT(_OUT_SIZE, -errno.ENOSYS, unique),)
         try:
             if extension:
@@ -157,7 +164,7 @@ class Session:
         except ProtocolError as error:
             if not m.REQUESTS[opcode].replies:
                 raise
-            log.warning("%s", error)  # the stream is still whole: only this request fails
+            log.debug("%s", error)  # the stream is still whole: only this request fails
             return (_OUT(_OUT_SIZE, -errno.EPROTO, unique),)
         worker.unique, worker.nodeid, worker.uid, worker.gid, worker.pid = unique, nodeid, uid, gid, pid
         try:
@@ -197,7 +204,12 @@ class Session:
     def defer(self, channel: Channel, unique: int, message: bytes) -> None:
         """Do a request in another thread."""
         with self.lock:
-            self.slow[unique] = (channel.number, message)
+            crowded = len(self.slow) >= SLOW_MOST
+            if not crowded:
+                self.slow[unique] = (channel.number, message)
+        if crowded:
+            channel.send(((_OUT(_OUT_SIZE, -errno.ENOLCK, unique),),))
+            return
         threading.Thread(target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True).start()
 
     def _run_slow(self, channel: Channel, unique: int, message: bytes) -> None:
@@ -209,7 +221,7 @@ class Session:
                 with self._threads:
                     reply = self.execute(this_worker(), memoryview(message))
         except ProtocolError as error:
-            log.warning("%s", error)
+            log.debug("%s", error)
             reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
         with self.lock:
             done = self.slow.pop(unique, None) is not None

@@ -116,6 +116,7 @@ def restore(server: "Server", state: dict[str, Any]) -> None:
                 channel = session.channel(number)
                 channel.known, channel.received, channel.base = True, received, base
                 channel.unacked.extend((_bytes(message),) for message in unacked)
+                channel.kept = sum(len(message[0]) for message in channel.unacked)
             session.answers.update((unique, _bytes(answer)) for unique, answer in saved.get("answers", ()))
             for number, message in saved["waiting"]:
                 _wait_again(session, session.channel(number), _bytes(message))

@@ -15,7 +15,7 @@ from time import time_ns
 
 from fuse_pipe import messages as m
 from fuse_pipe.journal import Journal
-from fuse_pipe.nodes import TICK_NS, Fd, Node, NodeTable, state_of
+from fuse_pipe.nodes import TICK_NS, Fd, Node, NodeTable, raise_descriptor_limit, state_of
 from fuse_pipe.records import RecordLocks
 from fuse_pipe.watch import Watcher
 
@@ -82,6 +82,8 @@ class Volume:
             self.nodes: NodeTable | None = NodeTable(os.open(self.path, os.O_PATH | os.O_CLOEXEC))
         except OSError:
             self.nodes = None
+        # Open files and O_PATH descriptors of nodes share what this process may open; some stay for connections and locks.
+        self.most_handles = raise_descriptor_limit() // 4
         if watch and self.nodes is not None:
             self.watcher = Watcher.start(self)
 
@@ -104,6 +106,8 @@ class Volume:
 
     def add_handle(self, node: Node, fd: Fd, flags: int) -> int:
         """Remember an open file; its number."""
+        if len(self.handles) >= self.most_handles:
+            raise OSError(errno.EMFILE, "too many open files")
         with self.lock:
             self.next_handle += 1
             number = self.next_handle

@@ -217,6 +217,13 @@ class Watcher:
                     continue
             self.check_file(node, force=any(changed))
 
+    def invalidate_all(self) -> None:
+        """Tell the kernel to believe nothing that it was told: notifications were lost."""
+        for node in self.volume.table.nodes():
+            for name in list(node.children):
+                self._send_entry(node, name, None)
+            self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
+
     def _send_entry(self, directory: Node, name: bytes, gone: Node | None) -> None:
         if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped
             self._send(m.notification(m.NOTIFY_DELETE, directory.id, gone.id, len(name), 0, tail=name + b"\0"))
