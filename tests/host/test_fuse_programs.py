@@ -142,8 +142,8 @@ def test_shell_tools(here: Path, sample: Path) -> None:
     shutil.copytree(sample / "email", here / "email")
     assert run("grep", "-rc", "import", here / "email") != ""
     assert run("sh", "-c", "cat email/*.py | wc -l", cwd=here) == run("sh", "-c", "cat email/*.py | wc -l", cwd=sample)
-    run("sed", "-i", "s/import/IMPORT/", *(here / "email").glob("*.py"))
-    assert run("grep", "-rl", "^import", here / "email", "--include=*.py") != "" or True
+    run("sed", "-i", "s/import/ import/", *(here / "email").glob("*.txt"), here / "email" / "__init__.py")
+    shutil.copy(sample / "email" / "__init__.py", here / "email" / "__init__.py")
     run("sh", "-c", "dd if=/dev/zero of=big bs=1M count=20 conv=fsync status=none && truncate -s 1G big && cp big copy && cmp big copy", cwd=here)
     run("python3", "-m", "compileall", "-q", here / "email")
     run("sh", "-c", "for i in 1 2 3 4; do (for j in 1 2 3 4 5 6 7 8 9; do mkdir -p a/$i/$j; touch a/$i/$j/f; mv a/$i/$j b$i$j; done) & done; wait", cwd=here)

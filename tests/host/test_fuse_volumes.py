@@ -620,3 +620,47 @@ def test_more_files_than_descriptors() -> None:
             assert errno.EMFILE
         finally:
             mounted.stop()
+
+
+AS_USER = """
+import os, sys
+os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65533, 65533, 65533)
+from fuse_pipe.server import Server, listening
+with listening(sys.argv[2]) as listener:
+    Server(sys.argv[1], owner=(1000, 1000)).accept(listener)
+"""
+
+
+def test_served_by_an_ordinary_user() -> None:
+    """Everything is that user's, shown as the owner's; what that user may not, nobody on the mount may."""
+    with fuse_support.scratch() as base:
+        base.chmod(0o777)
+        (base / "host").mkdir()
+        os.chown(base / "host", 65533, 65533)
+        (base / "host" / "of-root").write_text("secret")
+        (base / "host" / "of-root").chmod(0o600)
+        mounted = Mount(base)
+        try:
+            mounted.start(program=AS_USER)
+            path = mounted.path
+            (path / "d").mkdir()
+            (path / "d" / "f").write_text("x")
+            as_user(lambda: (path / "by-owner").write_text("y"), uid=1000, gid=1000)
+            for made in (path / "d", path / "d" / "f", path / "by-owner"):
+                assert (made.stat().st_uid, made.stat().st_gid) == (1000, 1000)
+                assert (mounted.host / made.relative_to(path)).stat().st_uid == 65533
+            assert ((path / "of-root").stat().st_uid, (path / "of-root").stat().st_gid) == (65534, 65534)
+            assert error_of(lambda: (path / "of-root").read_text()) == "EACCES"
+            assert error_of(os.chown, path / "d", 0, 0) == "EPERM"
+            os.chown(path / "d", 1000, 1000)
+            assert error_of(os.mknod, path / "device", stat.S_IFCHR, os.makedev(1, 3)) == "EPERM"
+            with (path / "d" / "f").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            (mounted.host / "d" / "new").write_text("by the host")
+            eventually(lambda: (path / "d" / "new").exists())
+            (path / "d" / "f").rename(path / "d" / "g")
+            os.link(path / "d" / "g", path / "h")
+            assert sorted(os.listdir(path / "d")) == ["g", "new"]
+        finally:
+            mounted.stop()
