@@ -624,8 +624,8 @@ def test_more_files_than_descriptors() -> None:
 
 AS_USER = """
 import os, sys
-os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65533, 65533, 65533)
 from fuse_pipe.server import Server, listening
+os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65533, 65533, 65533)
 with listening(sys.argv[2]) as listener:
     Server(sys.argv[1], owner=(1000, 1000)).accept(listener)
 """
