@@ -143,13 +143,12 @@ def mount_host(tag: str, target: str) -> None:
 def add_user(user: dict[str, Any]) -> None:
     """An account like that of the host's user: same name and ids, subordinate ids for user namespaces."""
     name, uid, gid = user["name"], user["uid"], user["gid"]
-    with suppress(KeyError):
-        pwd.getpwuid(uid)
-        return
     home = f"/home/{name}"
-    _append("/etc/passwd", f"{name}:x:{uid}:{gid}:{name}:{home}:/bin/bash\n")
-    _append("/etc/group", f"{name}:x:{gid}:\n")
-    _append("/etc/shadow", f"{name}:!:20000:0:99999:7:::\n")
+    try:  # the image has accounts of its own, and the host's user may be one of those
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        _append("/etc/passwd", f"{name}:x:{uid}:{gid}:{name}:{home}:/bin/bash\n")
+        _append("/etc/group", f"{name}:x:{gid}:\n")
     for path in ("/etc/subuid", "/etc/subgid"):
         _append(path, f"{name}:100000:65536\n")
     for directory in (home, f"/run/user/{uid}"):

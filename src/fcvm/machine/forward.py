@@ -2,7 +2,7 @@
 
 The command is a session of the machine's session server, reached through a Unix socket of the keeper's that leads to
 the machine's virtio-vsock. Its grace is 0: if this process ends, even by SIGKILL, the connection breaks and the command is
-killed. It is run as root for root, and as the account of the same name otherwise.
+killed. It is run as root for root, and as the account with the same number otherwise.
 """
 
 import json
@@ -41,7 +41,7 @@ def forward(envelope: Mapping[str, Any], config: Config) -> int:
     request = Request(
         [str(wanted.code), json.dumps(envelope)],
         target="fcvm",
-        user=_user(),
+        user=None if os.geteuid() == 0 else str(os.geteuid()),
         env=environment(wanted),
         cwd="/",
         tty=has_terminal(),
@@ -100,14 +100,6 @@ def _prepare(config: Config, layout: Layout, assets: Assets) -> None:
 
     with progress.open() as shown:
         Machine(config, layout).ensure_started(assets, shown)
-
-
-def _user() -> str | None:
-    if os.geteuid() == 0:
-        return None
-    import pwd
-
-    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def has_terminal() -> bool:

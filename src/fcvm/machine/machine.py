@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pwd
 import select
 import shutil
 import signal
@@ -49,8 +48,8 @@ class Machine:
 
     @property
     def user(self) -> str | None:
-        """Who commands run as in the machine: root for root, else the account of the same name."""
-        return None if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+        """Who commands run as in the machine: root for root, else the account with the same number."""
+        return None if os.geteuid() == 0 else str(os.geteuid())
 
     def status(self) -> State:
         """How it is now."""

@@ -4,6 +4,7 @@
 import beyond what was there, the zygote imports after it: the next one finds it done.
 """
 
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -20,6 +21,8 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+PR_SET_DUMPABLE = 4  # <linux/prctl.h>
+_libc = ctypes.CDLL(None)
 _LENGTH = struct.Struct(">I")
 LEARN_MOST = 65536  # bytes of module names: what a pipe holds; a name cut in two is none
 
@@ -119,6 +122,8 @@ def _command(message: dict[str, Any], standard: list[int], known: set[str], lear
             os.setgroups(message["groups"])
             os.setgid(message["gid"])
             os.setuid(message["uid"])
+            # Without an exec after it, this leaves /proc/self to root, and a user namespace could not be mapped.
+            _libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
         os.environ.clear()
         os.environ.update(message["env"])
         os.chdir(message["cwd"])
