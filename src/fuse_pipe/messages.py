@@ -37,7 +37,7 @@ class Layout:
     ``linux/fuse.h``.
     """
 
-    __slots__ = ("fields", "name", "pack", "pack_into", "record", "since", "size", "struct", "unpack_from")
+    __slots__ = ("_record", "fields", "name", "pack", "pack_into", "since", "size", "struct", "unpack_from")
 
     def __init__(self, name: str, since: int, spec: str) -> None:
         words = spec.split()
@@ -49,13 +49,15 @@ class Layout:
         self.pack = self.struct.pack
         self.pack_into = self.struct.pack_into
         self.unpack_from = self.struct.unpack_from
-        self.record: Callable[..., Any] = namedtuple(name, self.fields)  # type: ignore[misc]  # made from a table
+        self._record: Callable[..., Any] | None = None
 
     def decode(self, data: bytes | memoryview) -> Any:
         """A named tuple of the fields; the data must be exactly this structure."""
         if len(data) != self.size:
             raise ProtocolError(f"{self.name} has {self.size} bytes, not {len(data)}")
-        return self.record(*self.unpack_from(data))
+        if self._record is None:  # only when asked for: making one takes as long as a hundred messages
+            self._record = namedtuple(self.name, self.fields)  # type: ignore[misc]  # made from a table
+        return self._record(*self.unpack_from(data))
 
     def encode(self, **values: int) -> bytes:
         """The structure's bytes; fields not given are zero."""

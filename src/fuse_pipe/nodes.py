@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import resource
-import secrets
 import stat
 import threading
 from collections.abc import Iterator
@@ -100,7 +99,7 @@ class NodeTable:
         self.limit = limit or min(max(raise_descriptor_limit() // 2, 64), 65536)
         self.lock = threading.Lock()
         # Ids of different servers of one mount do not meet: a kernel that kept ids over a lost server gets ESTALE.
-        self._next_id = (secrets.randbits(30) << 32) + ROOT_ID
+        self._next_id = (int.from_bytes(os.urandom(4), "little") >> 2 << 32) + ROOT_ID
         self._held: dict[Node, None] = {}  # nodes with a descriptor, oldest first
         self._mount_fd: Fd | None = None  # for handles; None until asked, or when there are none
         self._handles = os.geteuid() == 0

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import socket
 import struct
 import threading
@@ -63,7 +62,7 @@ class Relay:
         """
         self.connect = connect
         self.mountpoint = os.path.abspath(mountpoint)
-        self.session = secrets.token_hex(16)
+        self.session = os.urandom(16).hex()
         self.source = source
         self.channels = [relay_channel(n) for n in range(channels)]
         self.notifications = relay_channel(NOTIFY)
