@@ -14,6 +14,7 @@ from fcvm.firecracker.boot import Hardware
 from fcvm.snapshots import manifest, store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
+from fcvm.vm import boot_snapshot
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def fill(directory: Path, **changes: object) -> None:
 def make(layout: Layout, tag: str, **changes: object) -> None:
     with store.creating(layout, tag) as directory:
         fill(directory, **changes)
+
+
+def test_only_the_newest_boot_snapshots_stay(layout: Layout) -> None:
+    for number in range(boot_snapshot.KEPT + 2):
+        make(layout, f"boot-{number}", created_at=float(number), kind=boot_snapshot.KIND)
+    make(layout, "mine", created_at=0.0)
+    with store.use(layout, "boot-0"):
+        boot_snapshot.trim(layout)
+    newest = [f"boot-{number}" for number in range(2, boot_snapshot.KEPT + 2)]
+    assert store.tags(layout) == ["boot-0", *newest, "mine"]
 
 
 def test_made_found_listed_removed(layout: Layout) -> None:
@@ -132,6 +143,7 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
+from fcvm.vm import boot_snapshot
 with store.creating(Layout(Path(sys.argv[1])), "warm") as directory:
     (directory / "memory.bin").write_bytes(b"half")
     print("making", flush=True)
@@ -143,6 +155,7 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
+from fcvm.vm import boot_snapshot
 with store.use(Layout(Path(sys.argv[1])), "warm"):
     print("using", flush=True)
     sys.stdin.read()

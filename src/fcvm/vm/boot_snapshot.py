@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 KIND = "boot"
+KEPT = 8  # boot snapshots: each takes some 200 MB, and every agent, kernel, image and size has its own
 RESTORE_TIMEOUT = 60.0  # seconds until the agent of a restored guest is back; it takes a few, under emulation
 
 
@@ -65,6 +66,7 @@ class BootAndCapture(Boot):
         except FcvmError as error:  # a full disk, say: the run itself goes on
             log.warning(f"the boot snapshot could not be taken: {error.message}")
             return False
+        trim(vm.layout)
         log.debug(f"took {name} ({took.kind}) in {took.paused:.3f} s")
         vm.timings.mark("boot snapshot")
         return True
@@ -103,6 +105,14 @@ class Restore(Boot):
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
         restore.resume(vm.firecracker.api)
         vm.timings.mark("resume")
+
+
+def trim(layout: Layout) -> None:
+    """Remove the oldest boot snapshots, so that ``KEPT`` stay; one in use stays as well."""
+    boots = [snapshot for snapshot in store.snapshots(layout) if snapshot.manifest.kind == KIND]
+    for snapshot in boots[:-KEPT]:
+        with contextlib.suppress(FcvmError):
+            store.remove(layout, snapshot.tag)
 
 
 def choose(spec: RunSpec, assets: Assets, layout: Layout) -> Boot:
