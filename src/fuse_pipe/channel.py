@@ -31,6 +31,7 @@ ACK = 0x4657_4143
 ACK_EVERY = 32  # messages, or
 ACK_BYTES = 1 << 20
 HELLO_MOST = 4096
+LARGE = 64 * 1024
 BUFFER = 4 << 20  # asked of the kernel for each socket
 _IOV_MAX = 1024
 # What a side keeps for a peer that acknowledges nothing; a real one is far below it.
@@ -177,6 +178,7 @@ class Reader:
         self.buffer = bytearray(2 * most)
         self.view = memoryview(self.buffer)
         self.start = self.end = 0
+        self._missing = 0  # bytes of the message that has begun
 
     def more(self) -> None:
         """Wait for bytes and take in what there is.
@@ -191,7 +193,10 @@ class Reader:
             self.view[:rest] = bytes(self.view[self.start : self.end])
             self.start, self.end = 0, rest
         try:
-            count = self.sock.recv_into(self.view[self.end :])
+            if self._missing > LARGE:  # one wake-up for the whole message, not one for each piece
+                count = self.sock.recv_into(self.view[self.end :], self._missing, socket.MSG_WAITALL)
+            else:
+                count = self.sock.recv_into(self.view[self.end :])
         except OSError as error:
             raise ConnectionLost(str(error)) from error
         if count == 0:
@@ -206,12 +211,15 @@ class Reader:
         """
         have = self.end - self.start
         if have < 4:
+            self._missing = 0
             return None
         (length,) = _LENGTH.unpack_from(self.buffer, self.start)
         if not self.least <= length <= self.most:
             raise ProtocolError(f"a message of {length} bytes")
         if have < length:
+            self._missing = length - have
             return None
+        self._missing = 0
         message = self.view[self.start : self.start + length]
         self.start += length
         return message

@@ -19,6 +19,7 @@ F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW = 36, 37, 38
 SECBIT_NO_SETUID_FIXUP = 1 << 2
 PR_SET_SECUREBITS, PR_GET_SECUREBITS = 28, 27
 CAP_FSETID = 4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 CLONE_FS = 0x200
 O_LARGEFILE = 0o100000 if platform.machine() == "x86_64" else 0o400000  # as the kernel sees it; libc hides it
 STATX_ALL = 0xFFF
@@ -167,6 +168,12 @@ def statx(fd: int, mask: int = STATX_ALL) -> Statx:
     buffer = ctypes.create_string_buffer(256)
     _check(_statx(fd, b"", AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW, mask, buffer))
     return Statx(*_STATX.unpack_from(buffer.raw))
+
+
+def keep_memory() -> None:
+    """Have malloc keep and use again blocks of megabytes, which it otherwise maps and unmaps (and the kernel clears) each time."""
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        _libc.mallopt(parameter, 32 << 20)
 
 
 def setfsuid(uid: int) -> None:

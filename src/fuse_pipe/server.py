@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fuse_pipe import linux
 from fuse_pipe import messages as m
 from fuse_pipe.channel import HELLO_MOST, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, send_hello, tune
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
@@ -43,6 +44,7 @@ class Server:
             state: what ``save`` of another server gave, to take over its mounts.
             journals: a directory to keep journals in; the mounts of a killed server that kept them there are taken over.
         """
+        linux.keep_memory()
         self.root = root
         self.options: dict[str, Any] = {"read_only": read_only, "owner": owner, "watch": watch, "writeback": writeback}
         self.sessions: dict[str, Session] = {}
@@ -98,8 +100,6 @@ class Server:
             pass
         except FusePipeError as error:
             log.info("connection closed: %s", error)
-            with contextlib.suppress(OSError):
-                send_hello(sock, {"error": str(error)[: HELLO_MOST // 2]})
         except Exception:
             log.exception("connection closed")
         finally:
@@ -110,6 +110,27 @@ class Server:
             sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
+        try:
+            session, channel, base, received = self._greeted(sock)
+        except ProtocolError as error:
+            with contextlib.suppress(OSError):
+                send_hello(sock, {"error": str(error)[: HELLO_MOST // 2]})
+            raise
+        with channel.lock:
+            older = channel.sock
+        if older is not None:
+            with contextlib.suppress(OSError):
+                older.shutdown(socket.SHUT_RDWR)
+        with channel.serving:  # an older connection of this channel ends first
+            self._carry(session, channel, sock, base, received)
+        if session.ended:
+            with self.lock:
+                if self.sessions.get(session.name) is session:
+                    del self.sessions[session.name]
+                    session.close()
+
+    def _greeted(self, sock: socket.socket) -> tuple[Session, Channel, int, int]:
+        """Read the relay's hello: its session and channel, and what it has sent and received."""
         hello = receive_hello(sock)
         name, number, base, received = (hello.get(key) for key in ("session", "channel", "base", "received"))
         if not (isinstance(name, str) and re.fullmatch("[0-9a-z]{1,64}", name)) or not all(type(n) is int for n in (number, base, received)):
@@ -118,38 +139,30 @@ class Server:
         assert isinstance(base, int)
         assert isinstance(received, int)
         session = self.session(name)
-        channel = session.channel(number)
-        with channel.lock:
-            older = channel.sock
-        if older is not None:
-            with contextlib.suppress(OSError):
-                older.shutdown(socket.SHUT_RDWR)
-        with channel.serving:  # an older connection of this channel ends first
-            fresh = not channel.known
-            if fresh:  # nothing is known of this channel: the relay sends all that has no answer
-                channel.received, channel.base = base, received
-            if not base <= channel.received:
-                raise ProtocolError("requests are missing")
-            send_hello(
-                sock,
-                {
-                    "fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"],
-                    "received": None if fresh else channel.received,
-                },
-            )  # fmt: skip
-            channel.attach(sock, received)
-            if channel.number == NOTIFY and session.unnotified and session.volume.watcher is not None:
-                session.unnotified = False
-                session.volume.watcher.invalidate_all()
-            try:
-                self._loop(session, channel, sock)
-            finally:
-                channel.detach(sock)
-        if session.ended:
-            with self.lock:
-                if self.sessions.get(session.name) is session:
-                    del self.sessions[session.name]
-                    session.close()
+        return session, session.channel(number), base, received
+
+    def _carry(self, session: Session, channel: Channel, sock: socket.socket, base: int, received: int) -> None:
+        fresh = not channel.known
+        if fresh:  # nothing is known of this channel: the relay sends all that has no answer
+            channel.received, channel.base = base, received
+        if not base <= channel.received or not channel.base <= received <= channel.base + len(channel.unacked):
+            send_hello(sock, {"error": "messages are missing"})
+            raise ProtocolError("messages are missing")
+        send_hello(
+            sock,
+            {
+                "fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"],
+                "received": None if fresh else channel.received,
+            },
+        )  # fmt: skip
+        channel.attach(sock, received)
+        if channel.number == NOTIFY and session.unnotified and session.volume.watcher is not None:
+            session.unnotified = False
+            session.volume.watcher.invalidate_all()
+        try:
+            self._loop(session, channel, sock)
+        finally:
+            channel.detach(sock)
 
     def _loop(self, session: Session, channel: Channel, sock: socket.socket) -> None:
         worker = this_worker()

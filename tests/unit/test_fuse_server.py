@@ -1,0 +1,281 @@
+"""A server and its channels without a kernel: replies, resending, acknowledging, states and journals, and record ranges."""
+
+import fcntl
+import itertools
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from fuse_support import Client, client, error_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuse_pipe import channel
+from fuse_pipe import messages as m
+from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
+from fuse_pipe.journal import Journal, Replay
+from fuse_pipe.records import set_range
+from fuse_pipe.server import Server
+
+
+def test_create_write_read_and_names(tmp_path: Path) -> None:
+    with client(tmp_path) as c:
+        node, fh = c.create(b"f", umask=0o022)
+        assert c.call(m.WRITE, node, b"hello", fh=fh, offset=3, size=5)[0][0].size == 5
+        assert c.call(m.READ, node, fh=fh, offset=0, size=100)[1] == b"\0\0\0hello"
+        assert (tmp_path / "f").read_bytes() == b"\0\0\0hello"
+        assert c.lookup(b"f").nodeid == node
+        made = c.call(m.MKDIR, m.ROOT_ID, b"d", mode=0o777, umask=0o027)[0][0]
+        assert stat.S_IMODE(made.mode) == 0o750
+        c.call(m.RENAME2, m.ROOT_ID, b"f", b"g", newdir=made.nodeid)
+        assert c.lookup(b"g", made.nodeid).nodeid == node
+        assert c.lookup(b"f").nodeid == 0  # a name that is believed not to exist
+        assert c.call(m.SYMLINK, m.ROOT_ID, b"l", b"../target")[0][0].size == 9
+        assert c.call(m.READLINK, c.lookup(b"l").nodeid)[1] == b"../target"
+
+
+def test_init_agrees_on_what_both_can(tmp_path: Path) -> None:
+    with client(tmp_path) as c:
+        answer = c.init()
+        assert (answer.major, answer.max_write, answer.max_pages) == (7, 1 << 20, 256)
+        assert answer.flags & m.HANDLE_KILLPRIV_V2
+        assert not answer.flags & (m.WRITEBACK_CACHE | m.EXPORT_SUPPORT | m.NO_OPEN_SUPPORT)
+        assert c.init(m.ASYNC_READ).flags == m.ASYNC_READ
+        with pytest.raises(OSError, match="Protocol error"):
+            c.call(m.INIT, major=7, minor=30)
+        assert c.call(m.INIT, major=8, minor=0)[0][0].major == 7
+
+
+@pytest.mark.parametrize(("opcode", "node", "tail", "fields", "expected"), [
+    (m.GETATTR, 999, (), {}, "ESTALE"),
+    (m.LOOKUP, 999, (b"x",), {}, "ESTALE"),
+    (m.READ, 1, (), {"fh": 77, "size": 10}, "EBADF"),
+    (m.WRITE, 1, (b"x",), {"fh": 77, "size": 1}, "EBADF"),
+    (m.RELEASE, 1, (), {"fh": 77}, "EBADF"),
+    (m.OPEN, 1, (), {"flags": 0}, "EISDIR"),
+    (m.MKNOD, 1, (b"x",), {"mode": stat.S_IFLNK | 0o777}, "EINVAL"),
+    (m.RENAME2, 1, (b"a", b"b"), {"newdir": 1, "flags": 64}, "EINVAL"),
+    (m.RENAME2, 1, (b"a", b"b"), {"newdir": 5}, "ESTALE"),
+    (m.IOCTL, 1, (b"",), {}, "ENOTTY"),
+    (m.POLL, 1, (), {}, "ENOSYS"),
+    (m.BMAP, 1, (), {}, "ENOSYS"),
+    (m.SETUPMAPPING, 1, (), {}, "ENOSYS"),
+    (m.UNLINK, 1, (b"none",), {}, "ENOENT"),
+    (m.READLINK, 1, (), {}, "EINVAL"),
+    (m.SETLK, 1, (), {"fh": 77, "type": 1, "start": 0, "end": 10}, "EBADF"),
+    (m.SETLK, 1, (), {"fh": 77, "type": 9, "start": 0, "end": 10}, "EINVAL"),
+])  # fmt: skip
+def test_refusals(tmp_path: Path, opcode: int, node: int, tail: tuple[bytes, ...], fields: dict[str, int], expected: str) -> None:
+    with client(tmp_path) as c:
+        assert error_of(c.call, opcode, node, *tail, **fields) == expected
+
+
+def test_devices_and_pipes_are_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with client(tmp_path) as c:
+        node = c.lookup(b"fifo").nodeid
+        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+            assert error_of(c.call, m.OPEN, node, flags=flags) == "EINVAL"
+        assert error_of(c.create, b"fifo") == "EINVAL"
+
+
+def test_a_name_that_became_a_link_is_not_followed(tmp_path: Path) -> None:
+    """The host (or the guest) swaps a directory for a symbolic link between lookup and use."""
+    outside = tmp_path / "outside"
+    (tmp_path / "root" / "d").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "f").write_text("secret")
+    with client(tmp_path / "root") as c:
+        node = c.lookup(b"d").nodeid
+        (tmp_path / "root" / "d").rename(tmp_path / "root" / "elsewhere")
+        (tmp_path / "root" / "d").symlink_to(outside)
+        assert error_of(c.lookup, b"f", node) in ("ESTALE", "ENOENT") or c.lookup(b"f", node).nodeid == 0
+        assert stat.S_ISLNK(c.lookup(b"d").mode)
+
+
+def test_forget_ends_a_node(tmp_path: Path) -> None:
+    with client(tmp_path) as c:
+        (tmp_path / "f").touch()
+        node = c.lookup(b"f").nodeid
+        assert c.lookup(b"f").nodeid == node
+        c.send(m.FORGET, node, nlookup=1)
+        c.call(m.GETATTR, node)
+        c.send(m.BATCH_FORGET, 0, m.FORGET_ONE.pack(node, 1), count=1)
+        assert error_of(c.call, m.GETATTR, node) == "ESTALE"
+        assert c.lookup(b"f").nodeid != node
+
+
+def test_readdir_by_offsets(tmp_path: Path) -> None:
+    for n in range(500):
+        (tmp_path / f"{n:03}").touch()
+    with client(tmp_path) as c:
+        fh = c.call(m.OPENDIR, flags=os.O_RDONLY)[0][0].fh
+        names, offset = [], 0
+        while data := c.call(m.READDIR, fh=fh, offset=offset, size=600)[1]:
+            at = 0
+            while at < len(data):
+                _, offset, length, _ = m.DIRENT.unpack_from(data, at)
+                names.append(data[at + 24 : at + 24 + length].decode())
+                at += 24 + length + -length % 8
+        assert sorted(names) == sorted([".", "..", *(f"{n:03}" for n in range(500))])
+        data = c.call(m.READDIRPLUS, fh=fh, offset=0, size=4096)[1]
+        assert len(data) <= 4096
+
+
+def test_an_unanswered_request_is_answered_again_but_not_done_again(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    first = Client(server)
+    first.init()
+    first.send(m.MKDIR, m.ROOT_ID, b"d", mode=0o755)
+    first.receive()
+    first.close()
+    # The relay had the answer to INIT only: it says that it has 1 message, and that it sent 2.
+    second = Client(server, base=0, received=1)
+    assert second.hello["received"] == 2
+    unique, error, (entry,), _ = m.decode_reply(m.MKDIR, second.receive())
+    assert error == 0
+    assert entry.nodeid
+    second.close()
+    third = Client(server, base=0, received=9)  # it cannot have more than was sent
+    assert third.hello == {"error": "messages are missing"}
+    third.close()
+    server.close()
+    assert unique
+
+
+def test_acknowledgements_come_and_are_taken(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    for _ in range(100):
+        c.call(m.GETATTR)
+    assert c.acks
+    held = server.sessions["test"].channels[0]
+    assert len(held.unacked) == 101
+    c.sock.sendall(m.IN_HEADER.pack(m.IN_HEADER.size, channel.ACK, 90, 0, 0, 0, 0, 0, 0))
+    c.call(m.GETATTR)
+    assert len(held.unacked) == 12
+    c.close()
+    server.close()
+
+
+def test_a_second_connection_of_a_channel_replaces_the_first(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    first = Client(server)
+    first.init()
+    second = Client(server, base=0, received=1)
+    second.call(m.GETATTR)
+    with pytest.raises((ConnectionLost, OSError)):
+        first.receive()
+    first.close()
+    second.close()
+    server.close()
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b"not json\n", b'{"fuse_pipe": 2}\n', b'{"fuse_pipe": 1, "session": "../x", "channel": 0, "base": 0, "received": 0}\n',
+                                  b'{"fuse_pipe": 1, "session": "x", "channel": 9999, "base": 0, "received": 0}\n', b"x" * 5000])  # fmt: skip
+def test_bad_hellos_end_the_connection(tmp_path: Path, line: bytes) -> None:
+    import threading
+
+    server = Server(str(tmp_path))
+    near, far = socket.socketpair()
+    thread = threading.Thread(target=server.connection, args=(far,))
+    thread.start()
+    near.sendall(line)
+    thread.join(60)
+    assert not thread.is_alive()
+    near.close()
+    server.close()
+
+
+def test_state_goes_through_json(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    server = Server(str(tmp_path / "root"))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    c.call(m.WRITE, node, b"one", fh=fh, offset=0, size=3)
+    c.call(m.SETLK, node, fh=fh, owner=5, start=0, end=9, type=fcntl.F_WRLCK, pid=33)
+    state = json.loads(json.dumps(server.save()))
+    c.close()
+    server.close()
+    other = Server(str(tmp_path / "root"), state=state)
+    c = Client(other, base=0, received=4)
+    assert c.call(m.READ, node, fh=fh, offset=0, size=10)[1] == b"one"
+    found = c.call(m.GETLK, node, fh=fh, owner=6, start=0, end=0, type=fcntl.F_WRLCK)[0][0]
+    assert (found.type, found.pid, found.end) == (fcntl.F_WRLCK, 33, 9)
+    assert c.create(b"g")[1] > fh
+    c.close()
+    other.close()
+    with pytest.raises(FusePipeError):
+        Server(str(tmp_path / "root"), state={"version": 99})
+    with pytest.raises(FusePipeError):
+        Server(str(tmp_path / "root"), state={"version": 1, "sessions": [{"name": "x"}]})
+
+
+def test_journal_replays_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    journal = Journal(path)
+    journal.add(("learn", 1, 0, b"", stat.S_IFDIR, 5, 6))
+    journal.add(("learn", 7, 1, b"a", stat.S_IFREG, 5, 8))
+    journal.add(("learn", 8, 1, b"b", stat.S_IFREG, 5, 9))
+    journal.add(("open", 3, 7, os.O_RDWR))
+    journal.add(("rename", 1, b"a", 1, b"c", False))
+    journal.add(("lock", 7, 1, 2, 0, 9, fcntl.F_WRLCK))
+    journal.add(("answer", 42, b"reply"))
+    journal.add(("forget", 8, 1))
+    journal.flush()
+    with path.open("ab") as file:
+        file.write(b"cut sho")  # the server was killed while it wrote
+    replay = Replay()
+    replay.read(path)
+    state = replay.state("x")
+    assert [node[:2] for node in state["volume"]["nodes"]] == [[1, 0], [7, 1]]
+    assert state["volume"]["handles"] == [[3, 7, os.O_RDWR, fcntl.F_UNLCK, []]]
+    assert state["volume"]["locks"] == [[7, 1, 2, [(0, 9, fcntl.F_WRLCK)]]]
+    assert len(state["answers"]) == 1
+    journal.rewrite(state)
+    again = Replay()
+    again.read(path)
+    assert [node[:2] for node in again.state("x")["volume"]["nodes"]] == [[1, 0], [7, 1]]
+    journal.close(remove=True)
+    assert not path.exists()
+
+
+def test_a_directory_that_is_gone_gives_eio(tmp_path: Path) -> None:
+    with client(tmp_path / "none") as c:
+        for opcode in (m.GETATTR, m.STATFS, m.OPENDIR):
+            assert error_of(c.call, opcode) == "EIO"
+
+
+def test_reader_refuses_impossible_lengths() -> None:
+    near, far = socket.socketpair()
+    near.sendall(b"\xff\xff\xff\xff")
+    reader = channel.Reader(far, 16, 1000)
+    reader.more()
+    with pytest.raises(ProtocolError):
+        reader.next()
+    near.close()
+    with pytest.raises(ConnectionLost):
+        reader.more()
+    far.close()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.sampled_from([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK])), max_size=12))
+def test_ranges_are_what_they_are_byte_by_byte(operations: list[tuple[int, int, int]]) -> None:
+    held: list[tuple[int, int, int]] = []
+    bytes_: dict[int, int] = {}
+    for a, b, kind in operations:
+        start, end = min(a, b), max(a, b)
+        held = set_range(held, start, end, kind)
+        for n in range(start, end + 1):
+            bytes_[n] = kind
+        expanded = {n: kind for first, last, kind in held for n in range(first, last + 1)}
+        assert expanded == {n: kind for n, kind in bytes_.items() if kind != fcntl.F_UNLCK}
+        assert all(one[1] + 1 < two[0] or one[2] != two[2] for one, two in itertools.pairwise(held))
+
+
