@@ -1,8 +1,8 @@
 """What a mapped directory costs: a local mount through relay and server, beside the directory itself and libfuse.
 
-Native C file systems on libfuse stand beside it in the same run: libfuse's own example ``passthrough_ll`` where it can be
-built (packages libfuse3-dev, gcc, pkg-config), and bindfs. Every case runs on every directory in turn, several times over,
-so that other load on the host hits all alike; the table has the medians and the ratios. Needs root.
+Native C file systems on libfuse stand beside it in the same run: libfuse's own example ``passthrough_ll`` where it can
+be built (packages libfuse3-dev, gcc, pkg-config), and bindfs. Every case runs on every directory in turn, several times
+over, so that other load on the host hits all alike; the table has the medians and the ratios. Needs root.
 
     python -m bench.volumes [--quick] [--json] [--dir DIR] [--channels N]
 """
@@ -160,7 +160,10 @@ def many(work: Callable[[Path, int], None]) -> Case:
 
 def program(*command: str) -> Case:
     def case(path: Path, sizes: Sizes) -> float:
-        return timed(lambda: subprocess.run(command, cwd=path, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 1)
+        return timed(
+            lambda: subprocess.run(command, cwd=path, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+            1,
+        )
 
     return case
 
@@ -245,7 +248,9 @@ def passthrough(base: Path) -> Path | None:
         return None
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", "fuse3"], capture_output=True, text=True, check=False)
     binary = base / "passthrough_ll"
-    built = subprocess.run(["gcc", "-O2", "-I", EXAMPLES, source, *flags.stdout.split(), "-o", binary], capture_output=True, check=False)
+    built = subprocess.run(
+        ["gcc", "-O2", "-I", EXAMPLES, source, *flags.stdout.split(), "-o", binary], capture_output=True, check=False
+    )
     return binary if built.returncode == 0 else None
 
 
@@ -267,7 +272,9 @@ def targets(stack: contextlib.ExitStack, base: Path, channels: int) -> dict[str,
     if shutil.which("bindfs"):
         point = base / "mount-bindfs"
         point.mkdir()
-        found["bindfs"] = stack.enter_context(external(base, "bindfs", ["bindfs", str(behind("bindfs")), str(point)], point))
+        found["bindfs"] = stack.enter_context(
+            external(base, "bindfs", ["bindfs", str(behind("bindfs")), str(point)], point)
+        )
     found["fuse_pipe"] = stack.enter_context(ours(base, behind("fuse_pipe"), channels))
     return found
 
@@ -305,7 +312,12 @@ def main() -> int:
         print(json.dumps(results, indent=1))
         return 0
     native = [target for target in found if target not in ("host", "fuse_pipe")]
-    print(f"{'':<22}" + "".join(f"{target:>16}" for target in found) + f"{'of host':>10}" + "".join(f"{'of ' + t:>19}" for t in native))
+    print(
+        f"{'':<22}"
+        + "".join(f"{target:>16}" for target in found)
+        + f"{'of host':>10}"
+        + "".join(f"{'of ' + t:>19}" for t in native)
+    )
     for name, by in results.items():
         row = f"{name:<22}" + "".join(f"{rate:>10.4g} {CASES[name][0]:<5}" for rate in by.values())
         row += f"{by['fuse_pipe'] / by['host']:>9.2f}x" + "".join(f"{by['fuse_pipe'] / by[t]:>18.2f}x" for t in native)

@@ -1,6 +1,7 @@
 """Hostile messages for a server, seeded: what they are, and what must hold after each.
 
-``python tests/fuse_fuzz.py --rounds N --seed S`` runs for longer than the test does; it needs no root, but as root it also
+``python tests/fuse_fuzz.py --rounds N --seed S`` runs for longer than the test does; it needs no root, but as root it
+also
 tries what only root could do.
 """
 
@@ -25,9 +26,28 @@ from fuse_pipe.server import Server
 NUMBERS = (0, 1, 2, 7, 40, 255, 4095, 4096, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 WIDE = (*NUMBERS, 1 << 32, (1 << 62), (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 NAMES = (
-    b"f", b"d", b"l", b"fifo", b"new", b"..", b".", b"", b"/", b"../outside", b"/etc/passwd", b"d/x", b"n" * 255, b"n" * 256, b"n" * 1024,
-    b"\xff\xfe", b"nul\0inside", b"out", b"user.x", b"trusted.y", b"system.posix_acl_access",
-)  # fmt: skip
+    b"f",
+    b"d",
+    b"l",
+    b"fifo",
+    b"new",
+    b"..",
+    b".",
+    b"",
+    b"/",
+    b"../outside",
+    b"/etc/passwd",
+    b"d/x",
+    b"n" * 255,
+    b"n" * 256,
+    b"n" * 1024,
+    b"\xff\xfe",
+    b"nul\0inside",
+    b"out",
+    b"user.x",
+    b"trusted.y",
+    b"system.posix_acl_access",
+)
 TARGETS = (b"/etc", b"../outside", b"f", b"", b"x" * 5000)
 SECRET = b"not for the guest"
 
@@ -56,7 +76,9 @@ class Attacker:
         self.unique = 2
 
     def number(self, letter: str) -> int:
-        return self.random.choice(WIDE if letter in "Qq" else NUMBERS) & ((1 << (8 * struct.calcsize("<" + letter))) - 1)
+        return self.random.choice(WIDE if letter in "Qq" else NUMBERS) & (
+            (1 << (8 * struct.calcsize("<" + letter))) - 1
+        )
 
     def fields(self, layout: m.Layout) -> list[int]:
         values = []
@@ -84,7 +106,9 @@ class Attacker:
         values: list[int] = []
         if request.layout:
             values = self.fields(request.layout)
-            body = request.layout.struct.pack(*(v if letter != "q" else 0 for v, letter in zip(values, request.layout.struct.format[1:], strict=True)))
+            body = request.layout.struct.pack(
+                *(v if letter != "q" else 0 for v, letter in zip(values, request.layout.struct.format[1:], strict=True))
+            )
         size = values[request.layout.fields.index("size")] if request.layout and "size" in request.layout.fields else 0
         if request.tail in ("name", "value"):
             body += choose(NAMES) + b"\0"
@@ -142,7 +166,12 @@ def attack(server: Server, attacker: Attacker, count: int) -> int:
                 message = attacker.message()
                 connected.sock.sendall(message)
                 opcode = m.IN_HEADER.unpack_from(message)[1]
-                if not (opcode in m.REQUESTS and m.REQUESTS[opcode].replies and opcode != m.SETLKW and len(message) == message_length(message)):
+                if not (
+                    opcode in m.REQUESTS
+                    and m.REQUESTS[opcode].replies
+                    and opcode != m.SETLKW
+                    and len(message) == message_length(message)
+                ):
                     continue
                 reply = connected.receive()
                 attacker.learn(reply)

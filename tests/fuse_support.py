@@ -201,7 +201,14 @@ def mount(base: Path, **options: Any) -> Iterator[Mount]:
         mounted.stop()
 
 
-def as_user(function: Callable[..., Any], *arguments: Any, uid: int = 0, gid: int = 0, groups: tuple[int, ...] = (), umask: int = 0o022) -> Any:
+def as_user(
+    function: Callable[..., Any],
+    *arguments: Any,
+    uid: int = 0,
+    gid: int = 0,
+    groups: tuple[int, ...] = (),
+    umask: int = 0o022,
+) -> Any:
     """Call a function in a child that is somebody else; its result, or the OSError that it raised."""
     read, write = os.pipe()
     child = os.fork()
@@ -245,7 +252,9 @@ def error_of(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
 class Client:
     """Speaks to a server as a relay does, without a kernel."""
 
-    def __init__(self, server: Server, session: str = "test", number: int = 0, base: int = 0, received: int = 0) -> None:
+    def __init__(
+        self, server: Server, session: str = "test", number: int = 0, base: int = 0, received: int = 0
+    ) -> None:
         self.sock, other = socket.socketpair()
         self.thread = threading.Thread(target=server.connection, args=(other,), daemon=True)
         self.thread.start()
@@ -274,7 +283,9 @@ class Client:
                 return bytes(message)
             self.reader.more()
 
-    def call(self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, **fields: Any) -> tuple[tuple[Any, ...], bytes]:
+    def call(
+        self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, **fields: Any
+    ) -> tuple[tuple[Any, ...], bytes]:
         """One request; its structures and data, or the OSError that the server answers."""
         unique = self.send(opcode, nodeid, *tail, **fields)
         answered, error, structures, data = m.decode_reply(opcode, self.receive())
@@ -284,12 +295,16 @@ class Client:
         return structures, data
 
     def init(self, flags: int = (1 << 43) - 1 & ~m.INIT_RESERVED) -> Any:
-        return self.call(m.INIT, major=7, minor=45, max_readahead=1 << 20, flags=flags & 0xFFFFFFFF, flags2=flags >> 32)[0][0]
+        return self.call(
+            m.INIT, major=7, minor=45, max_readahead=1 << 20, flags=flags & 0xFFFFFFFF, flags2=flags >> 32
+        )[0][0]
 
     def lookup(self, name: bytes, parent: int = m.ROOT_ID) -> Any:
         return self.call(m.LOOKUP, parent, name)[0][0]
 
-    def create(self, name: bytes, parent: int = m.ROOT_ID, flags: int = os.O_RDWR, mode: int = 0o100644, **fields: int) -> tuple[int, int]:
+    def create(
+        self, name: bytes, parent: int = m.ROOT_ID, flags: int = os.O_RDWR, mode: int = 0o100644, **fields: int
+    ) -> tuple[int, int]:
         """Node id and handle of a new file."""
         (entry, opened), _ = self.call(m.CREATE, parent, name, flags=flags, mode=mode, **fields)
         return entry.nodeid, opened.fh

@@ -3,7 +3,7 @@
 The host serves, the guest mounts /dev/fuse itself and relays its messages::
 
     fuse_pipe.serve(listener, "/srv/data", read_only=False)           # host; or fuse_pipe.Server for more control
-    fuse_pipe.mount_and_relay(connect, "/mnt/data", channels=2)       # guest; connect() returns a connected stream socket
+    fuse_pipe.mount_and_relay(connect, "/mnt/data", channels=2)       # guest; connect() gives a stream socket
 
 ``messages`` defines the protocol, ``channel`` the stream that survives its connections. Imports nothing of ``fcvm``.
 """
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["ConnectionLost", "FusePipeError", "ProtocolError", "Relay", "Server", "mount_and_relay", "mounted", "serve"]
 
 _WHERE = {
-    "ConnectionLost": "errors", "FusePipeError": "errors", "ProtocolError": "errors", "Relay": "relay", "mount_and_relay": "relay",
-    "mounted": "relay", "Server": "server", "serve": "server",
-}  # fmt: skip
+    "ConnectionLost": "errors",
+    "FusePipeError": "errors",
+    "ProtocolError": "errors",
+    "Relay": "relay",
+    "mount_and_relay": "relay",
+    "mounted": "relay",
+    "Server": "server",
+    "serve": "server",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("directory")
     serve.add_argument("--socket", required=True, help="path of the Unix socket to make")
     serve.add_argument("--ro", action="store_true", help="change nothing, whatever a mount asks")
-    serve.add_argument("--owner", default="0:0", metavar="UID:GID", help="as whom the serving user's files show, when not root")
-    serve.add_argument("--journals", metavar="DIR", help="where to note what mounts know, for a server that is started again")
-    serve.add_argument("--writeback", action="store_true", help="mounts keep written data back: for directories nobody else changes")
+    serve.add_argument(
+        "--owner", default="0:0", metavar="UID:GID", help="as whom the serving user's files show, when not root"
+    )
+    serve.add_argument(
+        "--journals", metavar="DIR", help="where to note what mounts know, for a server that is started again"
+    )
+    serve.add_argument(
+        "--writeback", action="store_true", help="mounts keep written data back: for directories nobody else changes"
+    )
     mount = commands.add_parser("mount", help="mount what is served there, until it is unmounted or this is stopped")
     mount.add_argument("socket")
     mount.add_argument("mountpoint")
@@ -40,8 +46,14 @@ def _serve(args: argparse.Namespace) -> int:
     with listening(args.socket) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: listener.shutdown(socket.SHUT_RDWR))
-        serve(listener, args.directory, read_only=args.ro, owner=(int(uid), int(gid or uid)), writeback=args.writeback,
-            journals=args.journals)
+        serve(
+            listener,
+            args.directory,
+            read_only=args.ro,
+            owner=(int(uid), int(gid or uid)),
+            writeback=args.writeback,
+            journals=args.journals,
+        )
     return 0
 
 

@@ -29,9 +29,25 @@ def getattr(volume: Volume, worker: Worker, flags: int, _: int, number: int) -> 
 
 
 def setattr(
-    volume: Volume, worker: Worker, valid: int, _p: int, number: int, size: int, _owner: int, atime: int, mtime: int, ctime: int,
-    atime_ns: int, mtime_ns: int, ctime_ns: int, mode: int, _u4: int, uid: int, gid: int, _u5: int,
-) -> bytes:  # fmt: skip
+    volume: Volume,
+    worker: Worker,
+    valid: int,
+    _p: int,
+    number: int,
+    size: int,
+    _owner: int,
+    atime: int,
+    mtime: int,
+    ctime: int,
+    atime_ns: int,
+    mtime_ns: int,
+    ctime_ns: int,
+    mode: int,
+    _u4: int,
+    uid: int,
+    gid: int,
+    _u5: int,
+) -> bytes:
     volume.writable()
     table = volume.table
     node = table.get(worker.nodeid)
@@ -92,8 +108,19 @@ def statx(volume: Volume, worker: Worker, flags: int, _: int, number: int, _flag
 def statfs(volume: Volume, worker: Worker) -> bytes:
     info = os.fstatvfs(volume.table.fd(volume.table.get(worker.nodeid)).n)
     return m.STATFS_OUT.pack(
-        info.f_blocks, info.f_bfree, info.f_bavail, info.f_files, info.f_ffree, info.f_bsize, info.f_namemax, info.f_frsize, 0, 0, 0, 0
-    )  # fmt: skip
+        info.f_blocks,
+        info.f_bfree,
+        info.f_bavail,
+        info.f_files,
+        info.f_ffree,
+        info.f_bsize,
+        info.f_namemax,
+        info.f_frsize,
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 def access(volume: Volume, worker: Worker, mask: int, _: int) -> bytes:

@@ -1,4 +1,6 @@
-"""Reading directories: the host's own entries and offsets, so that a place in a directory stays one while it changes."""
+"""Reading directories: the host's own entries and offsets, so that a place in a directory stays one while it
+changes.
+"""
 
 import os
 import stat

@@ -57,7 +57,9 @@ def create(volume: Volume, worker: Worker, flags: int, mode: int, umask: int, ex
     worker.become_caller(umask, mode)
     try:
         with volume.change((parent, name)):  # O_EXCL always: what is there already may be a device
-            made = os.open(name, wanted & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777, dir_fd=directory.n)
+            made = os.open(
+                name, wanted & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777, dir_fd=directory.n
+            )
     except FileExistsError:
         if flags & os.O_EXCL:
             raise
@@ -107,8 +109,17 @@ def read(
 
 
 def write(
-    volume: Volume, worker: Worker, number: int, offset: int, size: int, extra: int, _owner: int, flags: int, _p: int, data: memoryview
-) -> bytes:  # fmt: skip
+    volume: Volume,
+    worker: Worker,
+    number: int,
+    offset: int,
+    size: int,
+    extra: int,
+    _owner: int,
+    flags: int,
+    _p: int,
+    data: memoryview,
+) -> bytes:
     if volume.read_only:
         raise OSError(errno.EROFS, "read-only volume")
     handle = volume.handles.get(number) or volume.handle(number)

@@ -93,7 +93,9 @@ def umount(target: str, flags: int = 0) -> None:
 
 def rename(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
     """renameat2(2); flags are ``RENAME_NOREPLACE``, ``RENAME_EXCHANGE``, ``RENAME_WHITEOUT``."""
-    _check(_syscall2(_NR_RENAMEAT2, _int(old_directory), _char(old), _int(new_directory), _char(new), ctypes.c_uint(flags)))
+    _check(
+        _syscall2(_NR_RENAMEAT2, _int(old_directory), _char(old), _int(new_directory), _char(new), ctypes.c_uint(flags))
+    )
 
 
 def syncfs(fd: int) -> None:
@@ -171,7 +173,9 @@ def statx(fd: int, mask: int = STATX_ALL) -> Statx:
 
 
 def keep_memory() -> None:
-    """Have malloc keep and use again blocks of megabytes, which it otherwise maps and unmaps (and the kernel clears) each time."""
+    """Have malloc keep and use again blocks of megabytes, which it otherwise maps and unmaps (and the kernel
+    clears) each time.
+    """
     for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         _libc.mallopt(parameter, 32 << 20)
 
@@ -217,14 +221,22 @@ def capabilities() -> tuple[int, ...]:
 
 def set_capabilities(words: tuple[int, ...]) -> None:
     """Set this *thread's* capabilities, in the form that ``capabilities`` gives."""
-    _check(_syscall2(_NR_CAPSET, ctypes.create_string_buffer(_CAP_HEADER, 8), ctypes.create_string_buffer(struct.pack("6I", *words), 24)))
+    _check(
+        _syscall2(
+            _NR_CAPSET,
+            ctypes.create_string_buffer(_CAP_HEADER, 8),
+            ctypes.create_string_buffer(struct.pack("6I", *words), 24),
+        )
+    )
 
 
 _FLOCK = struct.Struct("<hhxxxxqqixxxx")
 
 
 def ofd_lock(fd: int, command: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
-    """Record lock of an open file description; (type, start, length, pid) as the kernel left them. Not restarted by signals."""
+    """Record lock of an open file description; (type, start, length, pid) as the kernel left them. Not restarted
+    by signals.
+    """
     buffer = ctypes.create_string_buffer(_FLOCK.pack(kind, 0, start, length, 0), _FLOCK.size)
     _check(_fcntl(fd, command, ctypes.addressof(buffer)))
     found, _, begin, size, pid = _FLOCK.unpack(buffer.raw)

@@ -54,8 +54,17 @@ def flock(handle: Handle, kind: int, wait: bool) -> None:
 
 
 def getlk(
-    volume: Volume, worker: Worker, number: int, owner: int, start: int, end: int, kind: int, pid: int, flags: int, _: int
-) -> bytes:  # fmt: skip
+    volume: Volume,
+    worker: Worker,
+    number: int,
+    owner: int,
+    start: int,
+    end: int,
+    kind: int,
+    pid: int,
+    flags: int,
+    _: int,
+) -> bytes:
     _range(start, end, kind)
     handle = _file(volume, worker, number)
     if handle.node.kind != stat.S_IFREG:
@@ -69,9 +78,18 @@ def getlk(
 
 
 def setlk(
-    volume: Volume, worker: Worker, number: int, owner: int, start: int, end: int, kind: int, pid: int, flags: int, _: int,
+    volume: Volume,
+    worker: Worker,
+    number: int,
+    owner: int,
+    start: int,
+    end: int,
+    kind: int,
+    pid: int,
+    flags: int,
+    _: int,
     wait: bool = False,
-) -> bytes:  # fmt: skip
+) -> bytes:
     _range(start, end, kind)
     handle = _file(volume, worker, number)
     if flags & m.LK_FLOCK:

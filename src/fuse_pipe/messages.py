@@ -22,12 +22,52 @@ ROOT_ID = 1
 
 # Protocol minor version -> the Linux that brought it.
 KERNELS = {
-    1: "2.6.14", 2: "2.6.14", 3: "2.6.15", 4: "2.6.16", 5: "2.6.16", 6: "2.6.16", 7: "2.6.18", 8: "2.6.20", 9: "2.6.24",
-    10: "2.6.28", 11: "2.6.29", 12: "2.6.31", 13: "2.6.32", 14: "2.6.35", 15: "2.6.36", 16: "2.6.38", 17: "3.1", 18: "3.3",
-    19: "3.5", 20: "3.6", 21: "3.9", 22: "3.10", 23: "3.15", 24: "4.5", 25: "4.7", 26: "4.9", 27: "4.18", 28: "4.20",
-    29: "5.1", 30: "5.2", 31: "5.4", 32: "5.10", 33: "5.11", 34: "5.14", 35: "5.16", 36: "5.17", 37: "6.1", 38: "6.2",
-    39: "6.6", 40: "6.9", 41: "6.12", 42: "6.14", 43: "6.15", 44: "6.16", 45: "6.18",
-}  # fmt: skip
+    1: "2.6.14",
+    2: "2.6.14",
+    3: "2.6.15",
+    4: "2.6.16",
+    5: "2.6.16",
+    6: "2.6.16",
+    7: "2.6.18",
+    8: "2.6.20",
+    9: "2.6.24",
+    10: "2.6.28",
+    11: "2.6.29",
+    12: "2.6.31",
+    13: "2.6.32",
+    14: "2.6.35",
+    15: "2.6.36",
+    16: "2.6.38",
+    17: "3.1",
+    18: "3.3",
+    19: "3.5",
+    20: "3.6",
+    21: "3.9",
+    22: "3.10",
+    23: "3.15",
+    24: "4.5",
+    25: "4.7",
+    26: "4.9",
+    27: "4.18",
+    28: "4.20",
+    29: "5.1",
+    30: "5.2",
+    31: "5.4",
+    32: "5.10",
+    33: "5.11",
+    34: "5.14",
+    35: "5.16",
+    36: "5.17",
+    37: "6.1",
+    38: "6.2",
+    39: "6.6",
+    40: "6.9",
+    41: "6.12",
+    42: "6.14",
+    43: "6.15",
+    44: "6.16",
+    45: "6.18",
+}
 
 
 class Layout:
@@ -76,9 +116,11 @@ EXT_HEADER = Layout("ext_header", 38, "size I type I")
 
 # Parts of replies.
 ATTR = Layout(
-    "attr", 9, "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
+    "attr",
+    9,
+    "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
     "rdev I blksize I flags I",
-)  # fmt: skip
+)
 ENTRY_OUT = Layout(
     "entry_out", 9, "nodeid Q generation Q entry_valid Q attr_valid Q entry_valid_nsec I attr_valid_nsec I "
     "ino Q size Q blocks Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I mode I nlink I uid I gid I "
@@ -96,16 +138,21 @@ STATX_OUT = Layout(
     "rdev_major I rdev_minor I dev_major I dev_minor I " + " ".join(f"spare{n} Q" for n in range(2, 16)),
 )  # fmt: skip
 STATFS_OUT = Layout(
-    "statfs_out", 4, "blocks Q bfree Q bavail Q files Q ffree Q bsize I namelen I frsize I padding I spare0 Q spare1 Q spare2 Q"
-)  # fmt: skip
+    "statfs_out",
+    4,
+    "blocks Q bfree Q bavail Q files Q ffree Q bsize I namelen I frsize I padding I spare0 Q spare1 Q spare2 Q",
+)
 OPEN_OUT = Layout("open_out", 1, "fh Q open_flags I backing_id i")
 WRITE_OUT = Layout("write_out", 1, "size I padding I")
 XATTR_OUT = Layout("getxattr_out", 1, "size I padding I")
 LK_OUT = Layout("lk_out", 7, "start Q end Q type I pid I")
 INIT_OUT = Layout(
-    "init_out", 23, "major I minor I max_readahead I flags I max_background H congestion_threshold H max_write I time_gran I "
-    "max_pages H map_alignment H flags2 I max_stack_depth I request_timeout H unused0 H unused1 I unused2 I unused3 I unused4 I unused5 I",
-)  # fmt: skip
+    "init_out",
+    23,
+    "major I minor I max_readahead I flags I max_background H congestion_threshold H max_write I time_gran I "
+    "max_pages H map_alignment H flags2 I max_stack_depth I request_timeout H unused0 H "
+    "unused1 I unused2 I unused3 I unused4 I unused5 I",
+)
 BMAP_OUT = Layout("bmap_out", 8, "block Q")
 IOCTL_OUT = Layout("ioctl_out", 11, "result i flags I in_iovs I out_iovs I")
 POLL_OUT = Layout("poll_out", 11, "revents I padding I")
@@ -120,9 +167,11 @@ BATCH_FORGET_IN = Layout("batch_forget_in", 16, "count I dummy I")
 GETATTR_IN = Layout("getattr_in", 9, "getattr_flags I dummy I fh Q")
 STATX_IN = Layout("statx_in", 39, "getattr_flags I reserved I fh Q sx_flags I sx_mask I")
 SETATTR_IN = Layout(
-    "setattr_in", 23, "valid I padding I fh Q size Q lock_owner Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I "
+    "setattr_in",
+    23,
+    "valid I padding I fh Q size Q lock_owner Q atime q mtime q ctime q atimensec I mtimensec I ctimensec I "
     "mode I unused4 I uid I gid I unused5 I",
-)  # fmt: skip
+)
 MKNOD_IN = Layout("mknod_in", 12, "mode I rdev I umask I padding I")
 MKDIR_IN = Layout("mkdir_in", 12, "mode I umask I")
 RENAME_IN = Layout("rename_in", 1, "newdir Q")
@@ -168,7 +217,18 @@ NOTIFY_DELETE_OUT = Layout("notify_delete_out", 18, "parent Q child Q namelen I 
 # enum fuse_opcode
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK = 1, 2, 3, 4, 5, 6
 MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE, STATFS, RELEASE = 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18
-FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 20, 21, 22, 23, 24, 25, 26, 27, 28, 29
+FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = (
+    20,
+    21,
+    22,
+    23,
+    24,
+    25,
+    26,
+    27,
+    28,
+    29,
+)
 FSYNCDIR, GETLK, SETLK, SETLKW, ACCESS, CREATE, INTERRUPT, BMAP, DESTROY, IOCTL = 30, 31, 32, 33, 34, 35, 36, 37, 38, 39
 POLL, NOTIFY_REPLY, BATCH_FORGET, FALLOCATE, READDIRPLUS, RENAME2, LSEEK = 40, 41, 42, 43, 44, 45, 46
 COPY_FILE_RANGE, SETUPMAPPING, REMOVEMAPPING, SYNCFS, TMPFILE, STATX, COPY_FILE_RANGE_64 = 47, 48, 49, 50, 51, 52, 53
@@ -245,41 +305,87 @@ REQUESTS: dict[int, Request] = {
 
 # The structures of an answer without an error; not listed: an empty answer, or data only (READ, READLINK, READDIR).
 REPLIES: dict[int, tuple[Layout, ...]] = {
-    LOOKUP: (ENTRY_OUT,), GETATTR: (ATTR_OUT,), SETATTR: (ATTR_OUT,), SYMLINK: (ENTRY_OUT,), MKNOD: (ENTRY_OUT,), MKDIR: (ENTRY_OUT,),
-    LINK: (ENTRY_OUT,), OPEN: (OPEN_OUT,), WRITE: (WRITE_OUT,), STATFS: (STATFS_OUT,), INIT: (INIT_OUT,), OPENDIR: (OPEN_OUT,),
-    GETLK: (LK_OUT,), CREATE: (ENTRY_OUT, OPEN_OUT), BMAP: (BMAP_OUT,), POLL: (POLL_OUT,), LSEEK: (LSEEK_OUT,),
-    COPY_FILE_RANGE: (WRITE_OUT,), TMPFILE: (ENTRY_OUT, OPEN_OUT), STATX: (STATX_OUT,), COPY_FILE_RANGE_64: (COPY_FILE_RANGE_OUT,),
-}  # fmt: skip
+    LOOKUP: (ENTRY_OUT,),
+    GETATTR: (ATTR_OUT,),
+    SETATTR: (ATTR_OUT,),
+    SYMLINK: (ENTRY_OUT,),
+    MKNOD: (ENTRY_OUT,),
+    MKDIR: (ENTRY_OUT,),
+    LINK: (ENTRY_OUT,),
+    OPEN: (OPEN_OUT,),
+    WRITE: (WRITE_OUT,),
+    STATFS: (STATFS_OUT,),
+    INIT: (INIT_OUT,),
+    OPENDIR: (OPEN_OUT,),
+    GETLK: (LK_OUT,),
+    CREATE: (ENTRY_OUT, OPEN_OUT),
+    BMAP: (BMAP_OUT,),
+    POLL: (POLL_OUT,),
+    LSEEK: (LSEEK_OUT,),
+    COPY_FILE_RANGE: (WRITE_OUT,),
+    TMPFILE: (ENTRY_OUT, OPEN_OUT),
+    STATX: (STATX_OUT,),
+    COPY_FILE_RANGE_64: (COPY_FILE_RANGE_OUT,),
+}
 
 # enum fuse_notify_code: what the error field of a reply with unique 0 means. Numbers above 6 have no structure.
 NOTIFY_POLL, NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_STORE, NOTIFY_RETRIEVE, NOTIFY_DELETE = 1, 2, 3, 4, 5, 6
 NOTIFY_RESEND, NOTIFY_INC_EPOCH = 7, 8  # 7.40, 7.44
 NOTIFICATIONS = {
-    NOTIFY_POLL: NOTIFY_POLL_OUT, NOTIFY_INVAL_INODE: NOTIFY_INVAL_INODE_OUT, NOTIFY_INVAL_ENTRY: NOTIFY_INVAL_ENTRY_OUT,
-    NOTIFY_STORE: NOTIFY_STORE_OUT, NOTIFY_RETRIEVE: NOTIFY_RETRIEVE_OUT, NOTIFY_DELETE: NOTIFY_DELETE_OUT,
-}  # fmt: skip
+    NOTIFY_POLL: NOTIFY_POLL_OUT,
+    NOTIFY_INVAL_INODE: NOTIFY_INVAL_INODE_OUT,
+    NOTIFY_INVAL_ENTRY: NOTIFY_INVAL_ENTRY_OUT,
+    NOTIFY_STORE: NOTIFY_STORE_OUT,
+    NOTIFY_RETRIEVE: NOTIFY_RETRIEVE_OUT,
+    NOTIFY_DELETE: NOTIFY_DELETE_OUT,
+}
 
 # INIT flags, by bit; from 32 on in flags2.
-ASYNC_READ, POSIX_LOCKS, FILE_OPS, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK, SPLICE_WRITE = (1 << n for n in range(8))
+ASYNC_READ, POSIX_LOCKS, FILE_OPS, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK, SPLICE_WRITE = (
+    1 << n for n in range(8)
+)
 SPLICE_MOVE, SPLICE_READ, FLOCK_LOCKS, HAS_IOCTL_DIR, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, ASYNC_DIO = (
     1 << n for n in range(8, 16)
 )
-WRITEBACK_CACHE, NO_OPEN_SUPPORT, PARALLEL_DIROPS, HANDLE_KILLPRIV, POSIX_ACL, ABORT_ERROR, MAX_PAGES, CACHE_SYMLINKS = (
-    1 << n for n in range(16, 24)
-)
-NO_OPENDIR_SUPPORT, EXPLICIT_INVAL_DATA, MAP_ALIGNMENT, SUBMOUNTS, HANDLE_KILLPRIV_V2, SETXATTR_EXT, INIT_EXT, INIT_RESERVED = (
-    1 << n for n in range(24, 32)
-)
-SECURITY_CTX, HAS_INODE_DAX, CREATE_SUPP_GROUP, HAS_EXPIRE_ONLY, DIRECT_IO_ALLOW_MMAP, PASSTHROUGH, NO_EXPORT_SUPPORT, HAS_RESEND = (
-    1 << n for n in range(32, 40)
-)
+(
+    WRITEBACK_CACHE,
+    NO_OPEN_SUPPORT,
+    PARALLEL_DIROPS,
+    HANDLE_KILLPRIV,
+    POSIX_ACL,
+    ABORT_ERROR,
+    MAX_PAGES,
+    CACHE_SYMLINKS,
+) = (1 << n for n in range(16, 24))
+(
+    NO_OPENDIR_SUPPORT,
+    EXPLICIT_INVAL_DATA,
+    MAP_ALIGNMENT,
+    SUBMOUNTS,
+    HANDLE_KILLPRIV_V2,
+    SETXATTR_EXT,
+    INIT_EXT,
+    INIT_RESERVED,
+) = (1 << n for n in range(24, 32))
+(
+    SECURITY_CTX,
+    HAS_INODE_DAX,
+    CREATE_SUPP_GROUP,
+    HAS_EXPIRE_ONLY,
+    DIRECT_IO_ALLOW_MMAP,
+    PASSTHROUGH,
+    NO_EXPORT_SUPPORT,
+    HAS_RESEND,
+) = (1 << n for n in range(32, 40))
 ALLOW_IDMAP, OVER_IO_URING, REQUEST_TIMEOUT = (1 << n for n in range(40, 43))
 
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH, FATTR_ATIME_NOW, FATTR_MTIME_NOW = (
     1 << n for n in range(9)
 )
 FATTR_LOCKOWNER, FATTR_CTIME, FATTR_KILL_SUIDGID = 1 << 9, 1 << 10, 1 << 11
-FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NONSEEKABLE, FOPEN_CACHE_DIR, FOPEN_STREAM, FOPEN_NOFLUSH = (1 << n for n in range(6))
+FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NONSEEKABLE, FOPEN_CACHE_DIR, FOPEN_STREAM, FOPEN_NOFLUSH = (
+    1 << n for n in range(6)
+)
 FOPEN_PARALLEL_DIRECT_WRITES, FOPEN_PASSTHROUGH = 1 << 6, 1 << 7
 RELEASE_FLUSH, RELEASE_FLOCK_UNLOCK = 1, 2
 GETATTR_FH = 1
@@ -321,7 +427,9 @@ def decoder(opcode: int, request: Request) -> Callable[[memoryview], tuple[Any, 
     layout, what, tail = request.layout, request.name, request.tail
     size = layout.size if layout else 0
     unpack = layout.unpack_from if layout else None
-    count_field = next((n for n, f in enumerate(layout.fields) if f in ("size", "in_size", "count")), 0) if layout else 0
+    count_field = (
+        next((n for n, f in enumerate(layout.fields) if f in ("size", "in_size", "count")), 0) if layout else 0
+    )
     plain = opcode in (GETXATTR, REMOVEXATTR, TMPFILE)  # their names are not file names; TMPFILE's is "/"
 
     def fixed(body: memoryview) -> tuple[Any, ...]:

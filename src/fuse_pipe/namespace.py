@@ -45,7 +45,9 @@ def mknod(volume: Volume, worker: Worker, mode: int, device: int, umask: int, _:
     directory = volume.table.fd(parent)
     worker.become_caller(umask, mode)
     with volume.change((parent, name)):
-        linux.mknod(directory.n, name, mode, os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | ((device >> 12) & 0xFFF00)))
+        linux.mknod(
+            directory.n, name, mode, os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | ((device >> 12) & 0xFFF00))
+        )
         return _made(volume, parent, directory, name)
 
 

@@ -50,8 +50,22 @@ class Node:
     """
 
     __slots__ = (
-        "children", "data", "data_at", "dev", "fd", "handle", "id", "ino", "kind", "lookups", "name", "opens", "parent", "told", "watch",
-    )  # fmt: skip
+        "children",
+        "data",
+        "data_at",
+        "dev",
+        "fd",
+        "handle",
+        "id",
+        "ino",
+        "kind",
+        "lookups",
+        "name",
+        "opens",
+        "parent",
+        "told",
+        "watch",
+    )
 
     def __init__(self, id: int, kind: int, dev: int, ino: int) -> None:
         self.id = id
@@ -222,8 +236,8 @@ class NodeTable:
                 info = os.fstat(candidate.n)
                 if (info.st_dev, info.st_ino) == (node.dev, node.ino):
                     found = candidate
-        if found is None and node.handle is not None and self.mount_fd() is not None:
-            found = Fd(linux.open_handle(self.mount_fd().n, node.handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))  # type: ignore[union-attr]
+        if found is None and node.handle is not None and (mount_fd := self.mount_fd()) is not None:
+            found = Fd(linux.open_handle(mount_fd.n, node.handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
         if found is None:
             raise OSError(errno.ESTALE, "the file is not where it was")
         node.fd = found
@@ -236,7 +250,9 @@ class NodeTable:
         """A readable descriptor on the root's file system, which handles need."""
         if self._mount_fd is None and self._handles and self.root.fd is not None:
             try:
-                self._mount_fd = Fd(os.open(b"/proc/self/fd/%d" % self.root.fd.n, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+                self._mount_fd = Fd(
+                    os.open(b"/proc/self/fd/%d" % self.root.fd.n, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                )
             except OSError:
                 self._handles = False
         return self._mount_fd

@@ -10,13 +10,32 @@ from fuse_pipe.volume import Volume
 from fuse_pipe.worker import Worker
 
 # What this server can do; the kernel does those of them that it can, too. Not among them: SPLICE_* (there is no pipe
-# here), EXPORT_SUPPORT ("..", which would lead out of a directory), SUBMOUNTS, PASSTHROUGH and DAX (they need the host's
+# here), EXPORT_SUPPORT ("..", which would lead out of a directory), SUBMOUNTS, PASSTHROUGH and DAX (they need the
+# host's
 # descriptors), HANDLE_KILLPRIV (the second version replaces it).
 WANTED = (
-    m.ASYNC_READ | m.POSIX_LOCKS | m.ATOMIC_O_TRUNC | m.BIG_WRITES | m.DONT_MASK | m.FLOCK_LOCKS | m.AUTO_INVAL_DATA | m.DO_READDIRPLUS
-    | m.READDIRPLUS_AUTO | m.ASYNC_DIO | m.PARALLEL_DIROPS | m.POSIX_ACL | m.ABORT_ERROR | m.MAX_PAGES | m.CACHE_SYMLINKS
-    | m.HANDLE_KILLPRIV_V2 | m.SETXATTR_EXT | m.INIT_EXT | m.CREATE_SUPP_GROUP | m.HAS_EXPIRE_ONLY | m.DIRECT_IO_ALLOW_MMAP
-)  # fmt: skip
+    m.ASYNC_READ
+    | m.POSIX_LOCKS
+    | m.ATOMIC_O_TRUNC
+    | m.BIG_WRITES
+    | m.DONT_MASK
+    | m.FLOCK_LOCKS
+    | m.AUTO_INVAL_DATA
+    | m.DO_READDIRPLUS
+    | m.READDIRPLUS_AUTO
+    | m.ASYNC_DIO
+    | m.PARALLEL_DIROPS
+    | m.POSIX_ACL
+    | m.ABORT_ERROR
+    | m.MAX_PAGES
+    | m.CACHE_SYMLINKS
+    | m.HANDLE_KILLPRIV_V2
+    | m.SETXATTR_EXT
+    | m.INIT_EXT
+    | m.CREATE_SUPP_GROUP
+    | m.HAS_EXPIRE_ONLY
+    | m.DIRECT_IO_ALLOW_MMAP
+)
 MAX_READAHEAD = 1 << 20
 MAX_BACKGROUND = 64
 CONGESTION = 48
@@ -66,25 +85,84 @@ def ignored(volume: Volume, worker: Worker, *fields: Any) -> None:
 
 Operation = Callable[..., Any]
 OPERATIONS: dict[int, Operation] = {
-    m.LOOKUP: namespace.lookup, m.FORGET: namespace.forget, m.GETATTR: attributes.getattr, m.SETATTR: attributes.setattr,
-    m.READLINK: namespace.readlink, m.SYMLINK: namespace.symlink, m.MKNOD: namespace.mknod, m.MKDIR: namespace.mkdir,
-    m.UNLINK: namespace.unlink, m.RMDIR: namespace.rmdir, m.RENAME: namespace.rename, m.LINK: namespace.link, m.OPEN: files.open,
-    m.READ: files.read, m.WRITE: files.write, m.STATFS: attributes.statfs, m.RELEASE: files.release, m.FSYNC: files.fsync,
-    m.SETXATTR: attributes.setxattr, m.GETXATTR: attributes.getxattr, m.LISTXATTR: attributes.listxattr,
-    m.REMOVEXATTR: attributes.removexattr, m.FLUSH: files.flush, m.INIT: init, m.OPENDIR: directories.opendir,
-    m.READDIR: directories.readdir, m.RELEASEDIR: directories.releasedir, m.FSYNCDIR: directories.fsyncdir, m.GETLK: locking.getlk,
-    m.SETLK: locking.setlk, m.SETLKW: locking.setlkw, m.ACCESS: attributes.access, m.CREATE: files.create, m.BMAP: unsupported,
-    m.DESTROY: destroy, m.IOCTL: no_ioctl, m.POLL: unsupported, m.NOTIFY_REPLY: ignored, m.BATCH_FORGET: namespace.batch_forget,
-    m.FALLOCATE: files.fallocate, m.READDIRPLUS: directories.readdirplus, m.RENAME2: namespace.rename2, m.LSEEK: files.lseek,
-    m.COPY_FILE_RANGE: files.copy_file_range, m.SETUPMAPPING: unsupported, m.REMOVEMAPPING: unsupported, m.SYNCFS: files.syncfs,
-    m.TMPFILE: files.tmpfile, m.STATX: attributes.statx, m.COPY_FILE_RANGE_64: files.copy_file_range_64,
-}  # fmt: skip
+    m.LOOKUP: namespace.lookup,
+    m.FORGET: namespace.forget,
+    m.GETATTR: attributes.getattr,
+    m.SETATTR: attributes.setattr,
+    m.READLINK: namespace.readlink,
+    m.SYMLINK: namespace.symlink,
+    m.MKNOD: namespace.mknod,
+    m.MKDIR: namespace.mkdir,
+    m.UNLINK: namespace.unlink,
+    m.RMDIR: namespace.rmdir,
+    m.RENAME: namespace.rename,
+    m.LINK: namespace.link,
+    m.OPEN: files.open,
+    m.READ: files.read,
+    m.WRITE: files.write,
+    m.STATFS: attributes.statfs,
+    m.RELEASE: files.release,
+    m.FSYNC: files.fsync,
+    m.SETXATTR: attributes.setxattr,
+    m.GETXATTR: attributes.getxattr,
+    m.LISTXATTR: attributes.listxattr,
+    m.REMOVEXATTR: attributes.removexattr,
+    m.FLUSH: files.flush,
+    m.INIT: init,
+    m.OPENDIR: directories.opendir,
+    m.READDIR: directories.readdir,
+    m.RELEASEDIR: directories.releasedir,
+    m.FSYNCDIR: directories.fsyncdir,
+    m.GETLK: locking.getlk,
+    m.SETLK: locking.setlk,
+    m.SETLKW: locking.setlkw,
+    m.ACCESS: attributes.access,
+    m.CREATE: files.create,
+    m.BMAP: unsupported,
+    m.DESTROY: destroy,
+    m.IOCTL: no_ioctl,
+    m.POLL: unsupported,
+    m.NOTIFY_REPLY: ignored,
+    m.BATCH_FORGET: namespace.batch_forget,
+    m.FALLOCATE: files.fallocate,
+    m.READDIRPLUS: directories.readdirplus,
+    m.RENAME2: namespace.rename2,
+    m.LSEEK: files.lseek,
+    m.COPY_FILE_RANGE: files.copy_file_range,
+    m.SETUPMAPPING: unsupported,
+    m.REMOVEMAPPING: unsupported,
+    m.SYNCFS: files.syncfs,
+    m.TMPFILE: files.tmpfile,
+    m.STATX: attributes.statx,
+    m.COPY_FILE_RANGE_64: files.copy_file_range_64,
+}
 
 # What is not to be done twice when it is sent again.
-CHANGES = frozenset((
-    m.SETATTR, m.SYMLINK, m.MKNOD, m.MKDIR, m.UNLINK, m.RMDIR, m.RENAME, m.LINK, m.OPEN, m.WRITE, m.RELEASE, m.SETXATTR, m.REMOVEXATTR,
-    m.OPENDIR, m.RELEASEDIR, m.CREATE, m.FALLOCATE, m.RENAME2, m.COPY_FILE_RANGE, m.TMPFILE, m.COPY_FILE_RANGE_64,
-))  # fmt: skip
+CHANGES = frozenset(
+    (
+        m.SETATTR,
+        m.SYMLINK,
+        m.MKNOD,
+        m.MKDIR,
+        m.UNLINK,
+        m.RMDIR,
+        m.RENAME,
+        m.LINK,
+        m.OPEN,
+        m.WRITE,
+        m.RELEASE,
+        m.SETXATTR,
+        m.REMOVEXATTR,
+        m.OPENDIR,
+        m.RELEASEDIR,
+        m.CREATE,
+        m.FALLOCATE,
+        m.RENAME2,
+        m.COPY_FILE_RANGE,
+        m.TMPFILE,
+        m.COPY_FILE_RANGE_64,
+    )
+)
 
 # What may take long: done by other threads, so that the channel's next request does not wait.
 SLOW = frozenset((m.FSYNC, m.FSYNCDIR, m.SYNCFS, m.FALLOCATE, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64, m.SETLKW))

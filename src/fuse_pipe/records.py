@@ -82,8 +82,12 @@ class RecordLocks:
             if self.journal is not None:
                 self.journal.add(("lock", node, number, owner.pid, start, min(end, END), kind))
 
-    def test(self, node: int, owner: int, fd: "Fd", kind: int, start: int, end: int) -> tuple[int, int, int, int] | None:
-        """The first lock in the way of this one as (start, end, type, pid), pid 0 if it is not ours to name; or None."""
+    def test(
+        self, node: int, owner: int, fd: "Fd", kind: int, start: int, end: int
+    ) -> tuple[int, int, int, int] | None:
+        """The first lock in the way of this one as (start, end, type, pid), pid 0 if it is not ours to name; or
+        None.
+        """
         length = 0 if end >= END else end - start + 1
         found, begin, size, pid = linux.ofd_lock(fd.n, linux.F_OFD_GETLK, kind, start, length)
         if found == fcntl.F_UNLCK:
@@ -91,7 +95,9 @@ class RecordLocks:
         last = END if size == 0 else begin + size - 1
         with self.lock:
             for number, other in self.nodes.get(node, {}).items():
-                if number != owner and any(first <= last and begin <= to and what == found for first, to, what in other.held):
+                if number != owner and any(
+                    first <= last and begin <= to and what == found for first, to, what in other.held
+                ):
                     return begin, last, found, other.pid
         return begin, last, found, 0 if pid < 0 else pid
 

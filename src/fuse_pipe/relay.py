@@ -90,8 +90,16 @@ class Relay:
             root = "100000" if hello.get("kind") == "file" else "40000"
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
             self.fds.append(fd)
-            options = f"fd={fd},rootmode={root},user_id={os.getuid()},group_id={os.getgid()},allow_other,default_permissions"
-            linux.mount(self.source, self.mountpoint, "fuse.fuse_pipe", linux.MS_RDONLY if hello.get("read_only") else 0, options)
+            options = (
+                f"fd={fd},rootmode={root},user_id={os.getuid()},group_id={os.getgid()},allow_other,default_permissions"
+            )
+            linux.mount(
+                self.source,
+                self.mountpoint,
+                "fuse.fuse_pipe",
+                linux.MS_RDONLY if hello.get("read_only") else 0,
+                options,
+            )
             for _ in self.channels[1:]:
                 clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
                 self.fds.append(clone)
@@ -334,8 +342,12 @@ def mounted(connect: Connect, mountpoint: str, **options: Any) -> Iterator[Relay
         relay.close()
 
 
-def mount_and_relay(connect: Connect, mountpoint: str, *, channels: int = 1, ready: Callable[[], None] | None = None) -> None:
-    """Mount what the server behind ``connect`` serves and relay until it is unmounted; ``ready`` is called once mounted."""
+def mount_and_relay(
+    connect: Connect, mountpoint: str, *, channels: int = 1, ready: Callable[[], None] | None = None
+) -> None:
+    """Mount what the server behind ``connect`` serves and relay until it is unmounted; ``ready`` is called once
+    mounted.
+    """
     relay = Relay(connect, mountpoint, channels=channels)
     relay.mount()
     if ready is not None:

@@ -36,13 +36,21 @@ class Server:
     """
 
     def __init__(
-        self, root: str, *, read_only: bool = False, owner: tuple[int, int] = (0, 0), watch: bool = True, writeback: bool = False,
-        state: dict[str, Any] | None = None, journals: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        root: str,
+        *,
+        read_only: bool = False,
+        owner: tuple[int, int] = (0, 0),
+        watch: bool = True,
+        writeback: bool = False,
+        state: dict[str, Any] | None = None,
+        journals: str | None = None,
+    ) -> None:
         """
         Arguments:
             state: what ``save`` of another server gave, to take over its mounts.
-            journals: a directory to keep journals in; the mounts of a killed server that kept them there are taken over.
+            journals: a directory to keep journals in; the mounts of a killed server that kept them there are taken
+            over.
         """
         linux.keep_memory()
         self.root = root
@@ -78,7 +86,9 @@ class Server:
                 if session is not None:
                     session.close()
                 while len(self.sessions) >= SESSIONS:
-                    idle = next((s for s in self.sessions.values() if not any(c.sock for c in s.channels.values())), None)
+                    idle = next(
+                        (s for s in self.sessions.values() if not any(c.sock for c in s.channels.values())), None
+                    )
                     if idle is None:
                         raise ProtocolError("too many mounts")
                     del self.sessions[idle.name]
@@ -133,7 +143,9 @@ class Server:
         """Read the relay's hello: its session and channel, and what it has sent and received."""
         hello = receive_hello(sock)
         name, number, base, received = (hello.get(key) for key in ("session", "channel", "base", "received"))
-        if not (isinstance(name, str) and re.fullmatch("[0-9a-z]{1,64}", name)) or not all(type(n) is int for n in (number, base, received)):
+        if not (isinstance(name, str) and re.fullmatch("[0-9a-z]{1,64}", name)) or not all(
+            type(n) is int for n in (number, base, received)
+        ):
             raise ProtocolError("a hello without its fields")
         assert isinstance(number, int)
         assert isinstance(base, int)
@@ -181,7 +193,9 @@ class Server:
                             journal.flush()
                             if journal.size > REWRITE:
                                 journal.size = 0
-                                threading.Thread(target=save_session, args=(session,), kwargs={"journal": True}, daemon=True).start()
+                                threading.Thread(
+                                    target=save_session, args=(session,), kwargs={"journal": True}, daemon=True
+                                ).start()
             finally:
                 if replies or channel.number == NOTIFY:
                     channel.send(replies)

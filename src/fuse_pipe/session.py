@@ -146,7 +146,9 @@ class Session:
         if reply is not None:
             replies.append(reply)
 
-    def execute(self, worker: Worker, message: memoryview, operation: Callable[..., Any] | None = None) -> Buffers | None:
+    def execute(
+        self, worker: Worker, message: memoryview, operation: Callable[..., Any] | None = None
+    ) -> Buffers | None:
         """Do one request in this thread; its reply as buffers, or None for what has no reply."""
         length, opcode, unique, nodeid, uid, gid, pid, extension, _ = _IN(message)
         decode = self.volume.decoders.get(opcode)
@@ -210,7 +212,9 @@ class Session:
         if crowded:
             channel.send(((_OUT(_OUT_SIZE, -errno.ENOLCK, unique),),))
             return
-        threading.Thread(target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True).start()
+        threading.Thread(
+            target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True
+        ).start()
 
     def _run_slow(self, channel: Channel, unique: int, message: bytes) -> None:
         waits = _IN(message)[1] == m.SETLKW
@@ -292,5 +296,3 @@ def _wake(waiting: Waiting) -> None:
                 return
             signal.pthread_kill(waiting.thread, WAKE)
         pause.wait(0.02)
-
-

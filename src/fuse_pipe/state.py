@@ -55,7 +55,12 @@ def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
         session.drain()
         with session.lock:
             channels = [
-                [c.number, c.received, c.base, [_text(b"".join(bytes(part) for part in message)) for message in c.unacked]]
+                [
+                    c.number,
+                    c.received,
+                    c.base,
+                    [_text(b"".join(bytes(part) for part in message)) for message in c.unacked],
+                ]
                 for c in session.channels.values()
             ]
             waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
@@ -73,25 +78,47 @@ def _save_volume(volume: Volume) -> dict[str, Any]:
         for node in volume.nodes.nodes():
             nodes.append(
                 [
-                    node.id, node.parent.id if node.parent is not None else 0, _text(node.name), node.kind, node.dev, node.ino,
-                    node.lookups, _handle_of(volume, node), list(node.told) if node.told else None,
+                    node.id,
+                    node.parent.id if node.parent is not None else 0,
+                    _text(node.name),
+                    node.kind,
+                    node.dev,
+                    node.ino,
+                    node.lookups,
+                    _handle_of(volume, node),
+                    list(node.told) if node.told else None,
                 ]
-            )  # fmt: skip
-            names += [[node.id, _text(name), child.id if child is not None else 0] for name, child in list(node.children.items())]
+            )
+            names += [
+                [node.id, _text(name), child.id if child is not None else 0]
+                for name, child in list(node.children.items())
+            ]
     with volume.lock:
         handles = [[number, h.node.id, h.flags, h.flock, sorted(h.owners)] for number, h in volume.handles.items()]
     locks = [
-        [node, number, owner.pid, owner.held] for node, owners in list(volume.records.nodes.items()) for number, owner in owners.items()
+        [node, number, owner.pid, owner.held]
+        for node, owners in list(volume.records.nodes.items())
+        for number, owner in owners.items()
     ]
     return {
-        "flags": volume.flags, "minor": volume.minor, "nodes": nodes, "names": names, "handles": handles, "locks": locks,
+        "flags": volume.flags,
+        "minor": volume.minor,
+        "nodes": nodes,
+        "names": names,
+        "handles": handles,
+        "locks": locks,
         "next_handle": volume.next_handle,
-    }  # fmt: skip
+    }
 
 
 def _handle_of(volume: Volume, node: Node) -> str | None:
     """A file handle where the name alone may not do: for files that are open, or have none."""
-    if node.handle is None and node.fd is not None and (node.opens or node.parent is None) and volume.table.mount_fd() is not None:
+    if (
+        node.handle is None
+        and node.fd is not None
+        and (node.opens or node.parent is None)
+        and volume.table.mount_fd() is not None
+    ):
         with contextlib.suppress(OSError):
             return _text(linux.file_handle(node.fd.n))
     return _text(node.handle) if node.handle is not None else None
@@ -177,7 +204,15 @@ def _restore_handles(volume: Volume, saved: dict[str, Any], nodes: dict[int, Nod
             path = volume.table.fd(node)
             fd = volume.reopen(path, _reopen_flags(volume, node, flags))
         except OSError as error:
-            if error.errno not in (errno.ESTALE, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY, errno.EIO):
+            if error.errno not in (
+                errno.ESTALE,
+                errno.ENOENT,
+                errno.EACCES,
+                errno.EPERM,
+                errno.EROFS,
+                errno.ETXTBSY,
+                errno.EIO,
+            ):
                 raise
             continue
         handle = Handle(node, fd, flags)

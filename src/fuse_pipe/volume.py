@@ -59,7 +59,13 @@ class Volume:
     """
 
     def __init__(
-        self, root: str, *, read_only: bool = False, owner: tuple[int, int] = (0, 0), watch: bool = True, writeback: bool = False
+        self,
+        root: str,
+        *,
+        read_only: bool = False,
+        owner: tuple[int, int] = (0, 0),
+        watch: bool = True,
+        writeback: bool = False,
     ) -> None:
         self.path = os.path.abspath(root)
         self.read_only = read_only
@@ -82,7 +88,8 @@ class Volume:
             self.nodes: NodeTable | None = NodeTable(os.open(self.path, os.O_PATH | os.O_CLOEXEC))
         except OSError:
             self.nodes = None
-        # Open files and O_PATH descriptors of nodes share what this process may open; some stay for connections and locks.
+        # Open files and O_PATH descriptors of nodes share what this process may open; some stay for connections and
+        # locks.
         self.most_handles = raise_descriptor_limit() // 4
         if watch and self.nodes is not None:
             self.watcher = Watcher.start(self)
@@ -163,12 +170,28 @@ class Volume:
         mtime, mtime_ns = divmod(info.st_mtime_ns, 1_000_000_000)
         ctime, ctime_ns = divmod(info.st_ctime_ns, 1_000_000_000)
         ino = info.st_ino
-        if self.nodes is not None and info.st_dev != self.nodes.root.dev:  # a file system mounted below: keep numbers apart
+        if (
+            self.nodes is not None and info.st_dev != self.nodes.root.dev
+        ):  # a file system mounted below: keep numbers apart
             ino ^= (info.st_dev * 0x9E3779B97F4A7C15) & 0x7FFF_FFFF_0000_0000
         return (
-            ino, info.st_size, info.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, info.st_mode, info.st_nlink,
-            uid, gid, _device(info.st_rdev), info.st_blksize, 0,
-        )  # fmt: skip
+            ino,
+            info.st_size,
+            info.st_blocks,
+            atime,
+            mtime,
+            ctime,
+            atime_ns,
+            mtime_ns,
+            ctime_ns,
+            info.st_mode,
+            info.st_nlink,
+            uid,
+            gid,
+            _device(info.st_rdev),
+            info.st_blksize,
+            0,
+        )
 
     def show_ids(self, uid: int, gid: int) -> tuple[int, int]:
         """Host ids as the other side sees them, when not root: the serving user's are the owner's."""

@@ -1,6 +1,7 @@
 """What changes on the host is told to the kernel on the other side: inotify events become FUSE notifications.
 
-Every directory that the kernel has looked into is watched. The kernel's own requests raise events too: those that change
+Every directory that the kernel has looked into is watched. The kernel's own requests raise events too: those that
+change
 names are expected, one for one; a write is known by the state in which it left the file.
 """
 
@@ -44,13 +45,17 @@ class Watcher:
         self.fd = linux.inotify_init()
         self.watches: dict[int, Node] = {}
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
-        self._expected: dict[tuple[int, bytes], int] = {}  # (watch, name) -> events that the kernel's own requests raise
+        self._expected: dict[
+            tuple[int, bytes], int
+        ] = {}  # (watch, name) -> events that the kernel's own requests raise
         self._deferred: dict[Node, None] = {}
         self._thread = threading.Thread(target=self._run, name="fuse_pipe watcher", daemon=True)
 
     @classmethod
     def start(cls, volume: "Volume") -> "Watcher | None":
-        """A running watcher; None where the host has no inotify instance left (files are then believed for less long)."""
+        """A running watcher; None where the host has no inotify instance left (files are then believed for less
+        long).
+        """
         try:
             watcher = cls(volume)
         except OSError:

@@ -17,7 +17,21 @@ from fuse_pipe import linux
 class Worker:
     """The state of the calling thread; make it in the thread that uses it."""
 
-    __slots__ = ("_capabilities", "_fsetid", "_gid", "_groups", "_uid", "_umask", "gid", "groups", "nodeid", "pid", "root", "uid", "unique")
+    __slots__ = (
+        "_capabilities",
+        "_fsetid",
+        "_gid",
+        "_groups",
+        "_uid",
+        "_umask",
+        "gid",
+        "groups",
+        "nodeid",
+        "pid",
+        "root",
+        "uid",
+        "unique",
+    )
 
     def __init__(self) -> None:
         self.root = os.geteuid() == 0
@@ -53,7 +67,9 @@ class Worker:
         """Whether writing and truncating leaves set-user-ID and set-group-ID bits (only CAP_FSETID does)."""
         if self.root and keep != self._fsetid:
             effective = self._capabilities[0]
-            linux.set_capabilities((effective if keep else effective & ~(1 << linux.CAP_FSETID), *self._capabilities[1:]))
+            linux.set_capabilities(
+                (effective if keep else effective & ~(1 << linux.CAP_FSETID), *self._capabilities[1:])
+            )
             self._fsetid = keep
 
 

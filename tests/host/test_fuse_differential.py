@@ -1,4 +1,6 @@
-"""Random sequences of operations on a mount and on a plain directory: every result and the whole tree must be the same."""
+"""Random sequences of operations on a mount and on a plain directory: every result and the whole tree must be the
+same.
+"""
 
 import contextlib
 import errno
@@ -21,10 +23,19 @@ SIZES = st.sampled_from([0, 1, 100, 4096, 5000, 70_000])
 BITS = st.sampled_from([0o644, 0o600, 0o755, 0o4755, 0o2755, 0o000, 0o1777, 0o7777])
 IDS = st.sampled_from([-1, 0, 1000, 1001])
 TIMES = st.sampled_from([0, 1, 10**18 + 5, -(10**9) - 1, 1 << 61])
-FLAGS = st.sampled_from([
-    os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL, os.O_WRONLY | os.O_TRUNC,
-    os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDONLY | os.O_DIRECTORY, os.O_RDWR | os.O_NOFOLLOW, os.O_RDWR | os.O_CREAT | os.O_TRUNC,
-])  # fmt: skip
+FLAGS = st.sampled_from(
+    [
+        os.O_RDONLY,
+        os.O_RDWR,
+        os.O_WRONLY | os.O_CREAT,
+        os.O_RDWR | os.O_CREAT | os.O_EXCL,
+        os.O_WRONLY | os.O_TRUNC,
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+        os.O_RDONLY | os.O_DIRECTORY,
+        os.O_RDWR | os.O_NOFOLLOW,
+        os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+    ]
+)
 SLOTS = st.integers(0, 3)
 
 OPERATIONS = st.one_of(
@@ -175,7 +186,11 @@ class Tree:
         return as_user(lambda: os.read(os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK), 100), uid=1000, gid=1000)
 
     def make_as(self, name: str) -> Any:
-        return as_user(lambda: os.write(os.open(self.path(name), os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666), b"m"), uid=1000, gid=1001)
+        return as_user(
+            lambda: os.write(os.open(self.path(name), os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666), b"m"),
+            uid=1000,
+            gid=1001,
+        )
 
     @staticmethod
     def facts(info: os.stat_result) -> Any:
@@ -188,7 +203,13 @@ class Tree:
             for name in sorted(names + files):
                 path = os.path.join(directory, name)
                 info = os.lstat(path)
-                content = Path(path).read_bytes() if stat.S_ISREG(info.st_mode) else os.readlink(path) if stat.S_ISLNK(info.st_mode) else None
+                content = (
+                    Path(path).read_bytes()
+                    if stat.S_ISREG(info.st_mode)
+                    else os.readlink(path)
+                    if stat.S_ISLNK(info.st_mode)
+                    else None
+                )
                 found.append((os.path.relpath(path, self.root), self.facts(info), content))
         return sorted(found)
 
@@ -241,5 +262,9 @@ MAKE: Callable[..., Any] = lambda *names: [("mkdir", name, 0o755) for name in na
 @settings(max_examples=100, derandomize=True, **COMMON)
 @given(operations=st.lists(OPERATIONS, min_size=10, max_size=60))
 def test_random_operations_in_a_tree(shared: Mount, operations: list[tuple[Any, ...]]) -> None:
-    files = [("make_as", "c"), ("open", 0, "a/a", os.O_RDWR | os.O_CREAT, 0o644), ("open", 1, "a/b", os.O_RDWR | os.O_CREAT, 0o4755)]
+    files = [
+        ("make_as", "c"),
+        ("open", 0, "a/a", os.O_RDWR | os.O_CREAT, 0o644),
+        ("open", 1, "a/b", os.O_RDWR | os.O_CREAT, 0o4755),
+    ]
     compare(shared, [*MAKE("a", "b", "b/a"), *files, ("pwrite", 0, 100, 5000), ("pwrite", 1, 4096, 100), *operations])

@@ -206,7 +206,9 @@ def test_chown_by_the_owner(here: Path) -> None:
     assert error_of(as_user, os.chown, path, -1, G2, uid=U2, gid=G2) == "EPERM"
 
 
-@pytest.mark.parametrize(("bits", "left"), [(0o6755, 0o755), (0o4755, 0o755), (0o2755, 0o755), (0o2644, 0o2644), (0o755, 0o755)])
+@pytest.mark.parametrize(
+    ("bits", "left"), [(0o6755, 0o755), (0o4755, 0o755), (0o2755, 0o755), (0o2644, 0o2644), (0o755, 0o755)]
+)
 def test_chown_drops_set_id_bits(here: Path, bits: int, left: int) -> None:
     path = here / "f"
     path.touch()
@@ -385,23 +387,42 @@ def test_symlink_target(here: Path, target: str) -> None:
 # ---- open
 
 
-@pytest.mark.parametrize(("bits", "flags", "who", "expected"), [
-    (0o400, os.O_RDONLY, "owner", ""), (0o400, os.O_WRONLY, "owner", "EACCES"), (0o200, os.O_RDONLY, "owner", "EACCES"),
-    (0o200, os.O_WRONLY, "owner", ""), (0o400, os.O_RDWR, "owner", "EACCES"), (0o600, os.O_RDWR, "owner", ""),
-    (0o077, os.O_RDONLY, "owner", "EACCES"), (0o040, os.O_RDONLY, "group", ""), (0o040, os.O_WRONLY, "group", "EACCES"),
-    (0o020, os.O_WRONLY, "group", ""), (0o707, os.O_RDONLY, "group", "EACCES"), (0o040, os.O_RDONLY, "supplementary", ""),
-    (0o707, os.O_RDONLY, "supplementary", "EACCES"), (0o004, os.O_RDONLY, "other", ""), (0o004, os.O_WRONLY, "other", "EACCES"),
-    (0o002, os.O_WRONLY, "other", ""), (0o770, os.O_RDONLY, "other", "EACCES"), (0o000, os.O_RDWR, "root", ""),
-    (0o400, os.O_RDONLY | os.O_TRUNC, "owner", "EACCES"), (0o600, os.O_RDWR | os.O_TRUNC, "owner", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "flags", "who", "expected"),
+    [
+        (0o400, os.O_RDONLY, "owner", ""),
+        (0o400, os.O_WRONLY, "owner", "EACCES"),
+        (0o200, os.O_RDONLY, "owner", "EACCES"),
+        (0o200, os.O_WRONLY, "owner", ""),
+        (0o400, os.O_RDWR, "owner", "EACCES"),
+        (0o600, os.O_RDWR, "owner", ""),
+        (0o077, os.O_RDONLY, "owner", "EACCES"),
+        (0o040, os.O_RDONLY, "group", ""),
+        (0o040, os.O_WRONLY, "group", "EACCES"),
+        (0o020, os.O_WRONLY, "group", ""),
+        (0o707, os.O_RDONLY, "group", "EACCES"),
+        (0o040, os.O_RDONLY, "supplementary", ""),
+        (0o707, os.O_RDONLY, "supplementary", "EACCES"),
+        (0o004, os.O_RDONLY, "other", ""),
+        (0o004, os.O_WRONLY, "other", "EACCES"),
+        (0o002, os.O_WRONLY, "other", ""),
+        (0o770, os.O_RDONLY, "other", "EACCES"),
+        (0o000, os.O_RDWR, "root", ""),
+        (0o400, os.O_RDONLY | os.O_TRUNC, "owner", "EACCES"),
+        (0o600, os.O_RDWR | os.O_TRUNC, "owner", ""),
+    ],
+)
 def test_open_permissions(here: Path, bits: int, flags: int, who: str, expected: str) -> None:
     path = here / "f"
     path.write_text("x")
     owned(path, U1, G1, bits)
     ids: dict[str, dict[str, Any]] = {
-        "owner": {"uid": U1, "gid": G1}, "group": {"uid": U2, "gid": G1}, "supplementary": {"uid": U2, "gid": G2, "groups": (G1,)},
-        "other": {"uid": U2, "gid": G2}, "root": {},
-    }  # fmt: skip
+        "owner": {"uid": U1, "gid": G1},
+        "group": {"uid": U2, "gid": G1},
+        "supplementary": {"uid": U2, "gid": G2, "groups": (G1,)},
+        "other": {"uid": U2, "gid": G2},
+        "root": {},
+    }
     assert error_of(as_user, os.open, path, flags, **ids[who]) == expected
 
 
@@ -454,7 +475,11 @@ def test_open_truncates_and_stamps(here: Path) -> None:
 
 
 def test_new_file_opened_read_write_though_its_mode_forbids(here: Path) -> None:
-    fd = as_user(lambda: os.write(os.open(mine_, os.O_CREAT | os.O_RDWR, 0), b"x"), uid=U1, gid=G1) if (mine_ := mine(here) / "f") else 0
+    fd = (
+        as_user(lambda: os.write(os.open(mine_, os.O_CREAT | os.O_RDWR, 0), b"x"), uid=U1, gid=G1)
+        if (mine_ := mine(here) / "f")
+        else 0
+    )
     assert fd == 1
     assert mode(mine_) == 0
 
@@ -643,7 +668,9 @@ def test_rename_flags(here: Path, flags: int, expected: str) -> None:
 # ---- sticky directories
 
 
-@pytest.mark.parametrize(("directory_owner", "file_owner", "allowed"), [(U1, U2, True), (U2, U1, True), (U2, U2, False)])
+@pytest.mark.parametrize(
+    ("directory_owner", "file_owner", "allowed"), [(U1, U2, True), (U2, U1, True), (U2, U2, False)]
+)
 @pytest.mark.parametrize("action", ["unlink", "rmdir", "rename", "replace"])
 def test_sticky(here: Path, action: str, directory_owner: int, file_owner: int, allowed: bool) -> None:
     sticky = mine(here, mode=0o1777, uid=directory_owner)
@@ -654,9 +681,11 @@ def test_sticky(here: Path, action: str, directory_owner: int, file_owner: int, 
     (here / "own").touch()
     owned(here / "own", U1, G1)
     actions: dict[str, Callable[[], None]] = {
-        "unlink": lambda: os.unlink(path), "rmdir": lambda: os.rmdir(path), "rename": lambda: os.rename(path, here / "taken"),
+        "unlink": lambda: os.unlink(path),
+        "rmdir": lambda: os.rmdir(path),
+        "rename": lambda: os.rename(path, here / "taken"),
         "replace": lambda: os.rename(here / "own", path),
-    }  # fmt: skip
+    }
     assert (error_of(as_user, actions[action], uid=U1, gid=G1) in ("EPERM", "EACCES")) is not allowed
 
 
@@ -731,7 +760,12 @@ def test_utimensat(here: Path, kind: str) -> None:
     KINDS[kind](path)
     tick(here)
     before = ctime(path)
-    for atime, mtime in ((1_234_567_890_123_456_789, 987_654_321_000_000_001), (0, 0), (-1_000_000_001, -5), ((1 << 32) * 10**9 + 7, 1)):
+    for atime, mtime in (
+        (1_234_567_890_123_456_789, 987_654_321_000_000_001),
+        (0, 0),
+        (-1_000_000_001, -5),
+        ((1 << 32) * 10**9 + 7, 1),
+    ):
         os.utime(path, ns=(atime, mtime), follow_symlinks=False)
         assert times(path)[:2] == (atime, mtime)
     assert ctime(path) > before

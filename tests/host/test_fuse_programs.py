@@ -113,7 +113,15 @@ def test_sqlite(here: Path, shared: Mount) -> None:
         run("sqlite3", database, script)
     assert run("sqlite3", database, "PRAGMA integrity_check; SELECT count(*) FROM t;").split() == ["ok", "300"]
     writers = [
-        subprocess.Popen(["sqlite3", "-cmd", ".timeout 60000", database, "".join(f"INSERT INTO t(b) VALUES('{k}-{n}');" for n in range(50))])
+        subprocess.Popen(
+            [
+                "sqlite3",
+                "-cmd",
+                ".timeout 60000",
+                database,
+                "".join(f"INSERT INTO t(b) VALUES('{k}-{n}');" for n in range(50)),
+            ]
+        )
         for k in range(4)
     ]
     assert [writer.wait(240) for writer in writers] == [0, 0, 0, 0]
@@ -144,9 +152,21 @@ def test_shell_tools(here: Path, sample: Path) -> None:
     assert run("sh", "-c", "cat email/*.py | wc -l", cwd=here) == run("sh", "-c", "cat email/*.py | wc -l", cwd=sample)
     run("sed", "-i", "s/import/ import/", *(here / "email").glob("*.txt"), here / "email" / "__init__.py")
     shutil.copy(sample / "email" / "__init__.py", here / "email" / "__init__.py")
-    run("sh", "-c", "dd if=/dev/zero of=big bs=1M count=20 conv=fsync status=none && truncate -s 1G big && cp big copy && cmp big copy", cwd=here)
+    run(
+        "sh",
+        "-c",
+        "dd if=/dev/zero of=big bs=1M count=20 conv=fsync status=none && "
+        "truncate -s 1G big && cp big copy && cmp big copy",
+        cwd=here,
+    )
     run("python3", "-m", "compileall", "-q", here / "email")
-    run("sh", "-c", "for i in 1 2 3 4; do (for j in 1 2 3 4 5 6 7 8 9; do mkdir -p a/$i/$j; touch a/$i/$j/f; mv a/$i/$j b$i$j; done) & done; wait", cwd=here)
+    run(
+        "sh",
+        "-c",
+        "for i in 1 2 3 4; do (for j in 1 2 3 4 5 6 7 8 9; do mkdir -p a/$i/$j; touch a/$i/$j/f; mv a/$i/$j b$i$j; "
+        "done) & done; wait",
+        cwd=here,
+    )
     assert len(list(here.glob("b*/f"))) == 36
     run("rm", "-rf", here / "a", here / "email")
 
@@ -158,15 +178,61 @@ def test_shell_tools(here: Path, sample: Path) -> None:
     ("--rw=randwrite", "--bs=16k", "--size=16m", "--direct=1", "--ioengine=libaio", "--iodepth=16"),
 ])  # fmt: skip
 def test_fio(here: Path, job: tuple[str, ...]) -> None:
-    run("fio", "--name=job", f"--directory={here}", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--group_reporting", *job)
+    run(
+        "fio",
+        "--name=job",
+        f"--directory={here}",
+        "--verify=crc32c",
+        "--do_verify=1",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--group_reporting",
+        *job,
+    )
 
 
 # stress-ng's file system stressors that a FUSE file system takes part in.
 STRESSORS = (
-    "access", "chdir", "chmod", "chown", "copy-file", "dentry", "dir", "dirdeep", "dirmany", "dup", "fallocate", "fcntl", "fiemap", "file-ioctl",
-    "filename", "flock", "fpunch", "fstat", "getdent", "hdd", "inode-flags", "io", "iomix", "link", "locka", "lockf", "lockofd", "metamix", "mknod",
-    "open", "rename", "seek", "sendfile", "symlink", "touch", "utime", "unlink", "verity", "xattr",
-)  # fmt: skip
+    "access",
+    "chdir",
+    "chmod",
+    "chown",
+    "copy-file",
+    "dentry",
+    "dir",
+    "dirdeep",
+    "dirmany",
+    "dup",
+    "fallocate",
+    "fcntl",
+    "fiemap",
+    "file-ioctl",
+    "filename",
+    "flock",
+    "fpunch",
+    "fstat",
+    "getdent",
+    "hdd",
+    "inode-flags",
+    "io",
+    "iomix",
+    "link",
+    "locka",
+    "lockf",
+    "lockofd",
+    "metamix",
+    "mknod",
+    "open",
+    "rename",
+    "seek",
+    "sendfile",
+    "symlink",
+    "touch",
+    "utime",
+    "unlink",
+    "verity",
+    "xattr",
+)
 
 
 @pytest.mark.parametrize("stressor", STRESSORS)
@@ -174,4 +240,16 @@ def test_stress_ng(here: Path, stressor: str) -> None:
     known = run("stress-ng", "--stressors").split()
     if stressor not in known:  # of another version
         return
-    run("stress-ng", f"--{stressor}", "2", "--timeout", "2", "--verify", "--temp-path", here, "--no-rand-seed", "--hdd-bytes", "8m")
+    run(
+        "stress-ng",
+        f"--{stressor}",
+        "2",
+        "--timeout",
+        "2",
+        "--verify",
+        "--temp-path",
+        here,
+        "--no-rand-seed",
+        "--hdd-bytes",
+        "8m",
+    )

@@ -1,4 +1,6 @@
-"""What a mounted volume does beyond plain files: locks, extended attributes, holes, coherence, read-only, big things."""
+"""What a mounted volume does beyond plain files: locks, extended attributes, holes, coherence, read-only, big
+things.
+"""
 
 import ctypes
 import errno
@@ -183,7 +185,11 @@ def test_extended_attributes(shared: Mount, here: Path) -> None:
         assert os.getxattr(on_host(shared, path), "user.one") == b"1"
         assert os.getxattr(path, "user.big") == b"x" * 3000
         assert os.getxattr(path, "user.empty") == b""
-        assert sorted(name for name in os.listxattr(path) if name.startswith("user")) == ["user.big", "user.empty", "user.one"]
+        assert sorted(name for name in os.listxattr(path) if name.startswith("user")) == [
+            "user.big",
+            "user.empty",
+            "user.one",
+        ]
         assert error_of(os.setxattr, path, "user.one", b"2", os.XATTR_CREATE) == "EEXIST"
         assert error_of(os.setxattr, path, "user.none", b"2", os.XATTR_REPLACE) == "ENODATA"
         os.removexattr(path, "user.one")
@@ -343,7 +349,12 @@ def test_writes_at_the_end_by_many(here: Path) -> None:
 
 def test_statfs_and_syncfs(shared: Mount, here: Path) -> None:
     guest, host = os.statvfs(here), os.statvfs(shared.host)
-    assert (guest.f_blocks, guest.f_bsize, guest.f_frsize, guest.f_namemax) == (host.f_blocks, host.f_bsize, host.f_frsize, host.f_namemax)
+    assert (guest.f_blocks, guest.f_bsize, guest.f_frsize, guest.f_namemax) == (
+        host.f_blocks,
+        host.f_bsize,
+        host.f_frsize,
+        host.f_namemax,
+    )
     fd = os.open(here, os.O_RDONLY)
     linux.syncfs(fd)
     os.fsync(fd)
@@ -363,7 +374,9 @@ def test_birth_time(here: Path, shared: Mount) -> None:
 # ---- directories and names
 
 
-@pytest.mark.parametrize("name", [b"n" * 255, b"\xff\xfe not UTF-8", "ünïcode".encode(), b" ", b"new\nline", b"-", b"...", b"a:b,c"])
+@pytest.mark.parametrize(
+    "name", [b"n" * 255, b"\xff\xfe not UTF-8", "ünïcode".encode(), b" ", b"new\nline", b"-", b"...", b"a:b,c"]
+)
 def test_names(shared: Mount, here: Path, name: bytes) -> None:
     path = os.fsencode(here) + b"/" + name
     with open(path, "w") as file:
@@ -541,12 +554,24 @@ def test_read_only(tmp_path: Path) -> None:
             libc = ctypes.CDLL(None)  # the guest may well remount: the server still says no
             assert libc.mount(None, os.fsencode(mounted.path), None, 32, None) == 0
             for action in (
-                lambda: f.write_text("x"), lambda: f.open("a"), lambda: f.unlink(), lambda: f.chmod(0o777), lambda: os.chown(f, 1, 1),
-                lambda: os.truncate(f, 0), lambda: os.utime(f), lambda: f.rename(mounted.path / "g"), lambda: (mounted.path / "d").rmdir(),
-                lambda: (mounted.path / "n").mkdir(), lambda: (mounted.path / "n").touch(), lambda: (mounted.path / "n").symlink_to("x"),
-                lambda: os.link(f, mounted.path / "n"), lambda: os.mkfifo(mounted.path / "n"), lambda: os.setxattr(f, "user.x", b""),
-                lambda: os.removexattr(f, "user.x"), lambda: os.open(mounted.path, os.O_TMPFILE | os.O_RDWR),
-            ):  # fmt: skip
+                lambda: f.write_text("x"),
+                lambda: f.open("a"),
+                lambda: f.unlink(),
+                lambda: f.chmod(0o777),
+                lambda: os.chown(f, 1, 1),
+                lambda: os.truncate(f, 0),
+                lambda: os.utime(f),
+                lambda: f.rename(mounted.path / "g"),
+                lambda: (mounted.path / "d").rmdir(),
+                lambda: (mounted.path / "n").mkdir(),
+                lambda: (mounted.path / "n").touch(),
+                lambda: (mounted.path / "n").symlink_to("x"),
+                lambda: os.link(f, mounted.path / "n"),
+                lambda: os.mkfifo(mounted.path / "n"),
+                lambda: os.setxattr(f, "user.x", b""),
+                lambda: os.removexattr(f, "user.x"),
+                lambda: os.open(mounted.path, os.O_TMPFILE | os.O_RDWR),
+            ):
                 assert error_of(action) == "EROFS"
             with f.open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH)

@@ -14,7 +14,14 @@ from fuse_pipe.errors import ProtocolError
 
 HEADER = Path("/usr/include/linux/fuse.h")
 LAYOUTS = [value for value in vars(m).values() if isinstance(value, m.Layout)]
-TAILS = {"": (), "name": (b"name",), "names": (b"old", b"new"), "data": (b"12345",), "value": (b"user.x", b"12345"), "records": None}
+TAILS = {
+    "": (),
+    "name": (b"name",),
+    "names": (b"old", b"new"),
+    "data": (b"12345",),
+    "value": (b"user.x", b"12345"),
+    "records": None,
+}
 
 
 def build(opcode: int) -> tuple[bytes, dict[str, int]]:
@@ -115,8 +122,12 @@ def test_header_of_this_host_agrees() -> None:
         found = re.search("struct fuse_" + layout.name + r" \{(.*?)\}", text, re.DOTALL)
         if found and "struct" not in found[1]:
             fields = re.findall(r"(\w+)(?:\[\w+\])?;", found[1])
-            named = [field for field in fields if field not in ("unused", "spare", "open_flags", "padding", "backing_id")]
-            assert [field for field in layout.fields if field in named] == [field for field in named if field in layout.fields]
+            named = [
+                field for field in fields if field not in ("unused", "spare", "open_flags", "padding", "backing_id")
+            ]
+            assert [field for field in layout.fields if field in named] == [
+                field for field in named if field in layout.fields
+            ]
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/"])
@@ -146,7 +157,13 @@ def test_groups_extension() -> None:
     group = struct.pack("<IIII", 16, m.EXT_GROUPS, 1, 1234)
     other = struct.pack("<IIQ", 16, 3, 0)
     assert m.decode_groups(memoryview(other + group)) == (1234,)
-    for wrong in (group[:-1], struct.pack("<II", 4, 32), struct.pack("<IIII", 16, 32, 2, 1), struct.pack("<IIQ", 24, 32, 0), b"123"):
+    for wrong in (
+        group[:-1],
+        struct.pack("<II", 4, 32),
+        struct.pack("<IIII", 16, 32, 2, 1),
+        struct.pack("<IIQ", 24, 32, 0),
+        b"123",
+    ):
         with pytest.raises(ProtocolError):
             m.decode_groups(memoryview(wrong))
 

@@ -1,4 +1,6 @@
-"""A server and its channels without a kernel: replies, resending, acknowledging, states and journals, and record ranges."""
+"""A server and its channels without a kernel: replies, resending, acknowledging, states and journals, and record
+ranges.
+"""
 
 import fcntl
 import itertools
@@ -68,7 +70,9 @@ def test_init_agrees_on_what_both_can(tmp_path: Path) -> None:
     (m.SETLK, 1, (), {"fh": 77, "type": 1, "start": 0, "end": 10}, "EBADF"),
     (m.SETLK, 1, (), {"fh": 77, "type": 9, "start": 0, "end": 10}, "EINVAL"),
 ])  # fmt: skip
-def test_refusals(tmp_path: Path, opcode: int, node: int, tail: tuple[bytes, ...], fields: dict[str, int], expected: str) -> None:
+def test_refusals(
+    tmp_path: Path, opcode: int, node: int, tail: tuple[bytes, ...], fields: dict[str, int], expected: str
+) -> None:
     with client(tmp_path) as c:
         assert error_of(c.call, opcode, node, *tail, **fields) == expected
 
@@ -175,8 +179,17 @@ def test_a_second_connection_of_a_channel_replaces_the_first(tmp_path: Path) -> 
     server.close()
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b"not json\n", b'{"fuse_pipe": 2}\n', b'{"fuse_pipe": 1, "session": "../x", "channel": 0, "base": 0, "received": 0}\n',
-                                  b'{"fuse_pipe": 1, "session": "x", "channel": 9999, "base": 0, "received": 0}\n', b"x" * 5000])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}\n",
+        b"not json\n",
+        b'{"fuse_pipe": 2}\n',
+        b'{"fuse_pipe": 1, "session": "../x", "channel": 0, "base": 0, "received": 0}\n',
+        b'{"fuse_pipe": 1, "session": "x", "channel": 9999, "base": 0, "received": 0}\n',
+        b"x" * 5000,
+    ],
+)
 def test_bad_hellos_end_the_connection(tmp_path: Path, line: bytes) -> None:
     import threading
 
@@ -265,7 +278,14 @@ def test_reader_refuses_impossible_lengths() -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.sampled_from([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK])), max_size=12))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30), st.integers(0, 30), st.sampled_from([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK])
+        ),
+        max_size=12,
+    )
+)
 def test_ranges_are_what_they_are_byte_by_byte(operations: list[tuple[int, int, int]]) -> None:
     held: list[tuple[int, int, int]] = []
     bytes_: dict[int, int] = {}
@@ -277,5 +297,3 @@ def test_ranges_are_what_they_are_byte_by_byte(operations: list[tuple[int, int, 
         expanded = {n: kind for first, last, kind in held for n in range(first, last + 1)}
         assert expanded == {n: kind for n, kind in bytes_.items() if kind != fcntl.F_UNLCK}
         assert all(one[1] + 1 < two[0] or one[2] != two[2] for one, two in itertools.pairwise(held))
-
-
