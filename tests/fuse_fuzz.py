@@ -1,8 +1,7 @@
 """Hostile messages for a server, seeded: what they are, and what must hold after each.
 
 ``python tests/fuse_fuzz.py --rounds N --seed S`` runs for longer than the test does; it needs no root, but as root it
-also
-tries what only root could do.
+also tries what only root could do.
 """
 
 import argparse

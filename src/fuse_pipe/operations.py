@@ -11,8 +11,7 @@ from fuse_pipe.worker import Worker
 
 # What this server can do; the kernel does those of them that it can, too. Not among them: SPLICE_* (there is no pipe
 # here), EXPORT_SUPPORT ("..", which would lead out of a directory), SUBMOUNTS, PASSTHROUGH and DAX (they need the
-# host's
-# descriptors), HANDLE_KILLPRIV (the second version replaces it).
+# host's descriptors), HANDLE_KILLPRIV (the second version replaces it).
 WANTED = (
     m.ASYNC_READ
     | m.POSIX_LOCKS

@@ -1,8 +1,7 @@
 """What changes on the host is told to the kernel on the other side: inotify events become FUSE notifications.
 
 Every directory that the kernel has looked into is watched. The kernel's own requests raise events too: those that
-change
-names are expected, one for one; a write is known by the state in which it left the file.
+change names are expected, one for one; a write is known by the state in which it left the file.
 """
 
 import contextlib
