@@ -10,6 +10,11 @@ from pathlib import Path
 HOST_ROOT = "FCVM_HOST_ROOT"
 
 
+def in_machine() -> bool:
+    """Whether this is a command that was forwarded to the machine."""
+    return HOST_ROOT in os.environ
+
+
 def resolve(path: str | Path) -> Path:
     """Where ``path``, absolute on the user's host, is found by this process."""
     root = os.environ.get(HOST_ROOT)

@@ -17,7 +17,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from fcvm import process
+from fcvm import hostpath, process
 from fcvm.errors import NetworkError
 from fcvm.linux import namespaces
 from fcvm.linux.namespaces import Namespace
@@ -103,7 +103,10 @@ def slirp(namespace: Namespace, tap: str, network: IPv4Network, directory: Path,
         (directory / SOCKET).unlink(missing_ok=True)
         undo.callback((directory / SOCKET).unlink, missing_ok=True)
         command = ["slirp4netns", "--netns-type=path", f"--mtu={MTU}", f"--cidr={network}", f"--api-socket={SOCKET}"]
-        command += ["--disable-host-loopback", "--disable-dns", "--enable-sandbox", "--enable-seccomp"]
+        command += ["--disable-host-loopback", "--disable-dns", "--enable-seccomp"]
+        # The sandbox needs pivot_root(2), which the machine's root, on top of its initramfs, refuses. The machine is one
+        # user's own, and its host stays out of reach.
+        command += [] if hostpath.in_machine() else ["--enable-sandbox"]
         command += [f"--ready-fd={ready_write}", f"--exit-fd={exit_read}"]
         command += ["--enable-ipv6"] if ipv6 else []
         # Its sandbox is made for root, real or of a user namespace. So an ordinary user starts it inside the VM's, and
