@@ -56,7 +56,7 @@ def command(spec: Spec, program: str) -> list[str]:
     """The command line that starts ``spec``."""
     options: list[tuple[str, str]] = [
         ("-name", "fcvm-machine,process=fcvm-machine"),
-        ("-machine", "q35,memory-backend=memory,usb=off,vmport=off,hpet=off"),
+        ("-machine", "q35,memory-backend=memory,usb=off,vmport=off"),
         ("-accel", "tcg,thread=multi,tb-size=256"),
         ("-cpu", "EPYC,svm=on,+arat"),
         ("-smp", str(spec.cpus)),
