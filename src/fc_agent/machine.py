@@ -7,7 +7,6 @@ The host's keeper (``fcvm/machine/keeper.py``) starts QEMU and holds the other e
     machine: {"type":"broken","message":...}                       the start cannot go on
     machine: {"type":"publish","id":N,"protocol":"tcp","host_ip":...,"host_port":...,"port":...}
     machine: {"type":"unpublish","id":N}
-    machine: {"type":"memory","free_mib":N}                         the answer to every "time"
     host:    {"type":"time","seconds":1700000000.5}                 set the clock
     host:    {"type":"published","id":N,"host_port":...} or with "error"
     host:    {"type":"shutdown"}                                   end every process, unmount, power off
@@ -196,7 +195,6 @@ class Control:
                         return
                     if message["type"] == "time":
                         system.set_clock(message["seconds"])
-                        self.send({"type": "memory", "free_mib": system.free_memory()})
                     elif message["type"] == "published":
                         ports.answer(message)
 

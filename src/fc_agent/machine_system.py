@@ -163,13 +163,6 @@ def set_clock(seconds: float) -> None:
         time.clock_settime(time.CLOCK_REALTIME, seconds)
 
 
-def free_memory() -> int:
-    """MiB of memory that nothing uses, not even as a cache."""
-    with open("/proc/meminfo") as lines:
-        values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemFree"].split()[0]) >> 10
-
-
 def end_all_processes(patience: float) -> None:
     """SIGTERM to every process but us, SIGKILL ``patience`` seconds later to those that are left; reap them."""
     deadline = time.monotonic() + patience

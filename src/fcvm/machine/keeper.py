@@ -30,12 +30,11 @@ from fcvm.linux import sockets
 from fcvm.machine import hostfs, qemu, state
 from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
-from fcvm.machine.trim import Trim
 from fcvm.machine.vsock import Vsock
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
-LOOK_EVERY = 60.0  # seconds between two looks at the machine's clock and memory
+CLOCK_EVERY = 300.0  # seconds between two settings of the machine's clock
 CONSOLE_LINES = 12
 
 SESSION_PORT = 1024  # of virtio-vsock; fc_agent/machine.py
@@ -284,21 +283,18 @@ class Keeper:
 
     def _keep(self) -> None:
         """Serve the machine until QEMU ends. Raises MachineError: it ended by itself."""
-        trim = Trim(self._monitor, self._qemu.pid, self._job.memory)
         while True:
             poll = select.poll()
             for fd in (self._control.fileno(), self._qemu_fd):
                 poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(trim.timeout(LOOK_EVERY) * 1000)}
+            ready = {fd for fd, _ in poll.poll(CLOCK_EVERY * 1000)}
             if self._control.fileno() in ready:
                 for message in self._receive(time.monotonic()):
                     self._on_message(message)
-                    if message["type"] == "memory" and trim.look(int(message["free_mib"])):
-                        self._say("idle: giving memory back")
             elif self._qemu_fd in ready:
                 raise self._died()
-            elif not trim.release():
-                self._set_clock()  # answered with the free memory
+            else:
+                self._set_clock()
 
     def _on_message(self, message: dict[str, Any]) -> None:
         number = int(message.get("id", 0))

@@ -7,8 +7,8 @@ The choices, measured on a host without KVM:
 - ``tb-size=256``: MiB of translated code; the default grows to 800 MB, 64 thrashes.
 - The memory is a shared memory file, because the keeper serves two devices itself, the host's files (``hostfs.py``) and
   connections (``vsock.py``), and reads requests straight from it.
-- No free page reporting; the first touch of a page took 60 to 100 us with it and 25 us without. ``trim.py`` returns
-  memory to the host instead, by the balloon, when the machine is idle.
+- No free page reporting: it would return what the machine frees to the host at once, and every page would cost the
+  host a fault again: the first touch of a page took 60 to 100 us with it and 25 us without.
 - The data disk keeps QEMU's default ``cache=writeback``: the host's page cache holds what the machine has written, so it
   survives QEMU's SIGKILL; flushes of btrfs are honoured, so a power cut of the host leaves a consistent disk too
   (``unsafe`` would not).
