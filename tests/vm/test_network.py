@@ -37,15 +37,6 @@ def test_a_published_port_reaches_the_container(detached, vm_name: str) -> None:
     assert b"<" in get(port)
 
 
-def test_rootless(detached, vm_name: str) -> None:
-    port = free_port()
-    detached(*HTTPD, options=["--network", "rootless", "--publish", f"{port}:80"])
-    found = vm(vm_name)
-    assert found is not None
-    assert found["network"]["mode"] == "rootless"
-    assert b"<" in get(port)
-
-
 def test_a_port_in_use_is_an_error_before_anything_starts(vm_name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
