@@ -31,6 +31,7 @@ def main(agent: Callable[[], None]) -> NoReturn:
         status = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # programs inherit what is ignored
             agent()
             status = 0
         except BaseException:

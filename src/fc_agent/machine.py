@@ -19,6 +19,7 @@ PID 1 forks the agent and reaps; when the agent ends, whatever the reason, the m
 import json
 import os
 import select
+import signal
 import socket
 import time
 from typing import Any, NoReturn
@@ -69,6 +70,7 @@ def main() -> NoReturn:
 
 def _agent() -> int:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # programs inherit what is ignored
     control = Control()
     try:
         configuration = oem_configuration()
