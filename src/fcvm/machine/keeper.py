@@ -110,6 +110,7 @@ class Keeper:
 
     def run(self) -> int:
         """Start the machine, keep it, end it. Returns the exit code."""
+        final = State("stopped", pid=os.getpid())
         with contextlib.ExitStack() as stack:
             try:
                 self._start(stack)
@@ -122,10 +123,9 @@ class Keeper:
             except (FcvmError, OSError, ValueError) as error:
                 self._say(f"error: {error}")
                 hint = getattr(error, "hint", None) or "fcvm machine logs"
-                self._end(State("broken", pid=os.getpid(), since=time.time(), error=_sentence(error), hint=hint))
-                return 1
-        self._end(State("stopped", pid=os.getpid()))
-        return 0
+                final = State("broken", pid=os.getpid(), since=time.time(), error=_sentence(error), hint=hint)
+        self._end(final)  # QEMU is gone now, so what is said is true
+        return 1 if final.error else 0
 
     def _end(self, final: State) -> None:
         """Leave nothing in the runtime directory, and the last word in the state."""
