@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
@@ -244,9 +245,13 @@ def _serve(args: argparse.Namespace, context: Context) -> int:
         print(line, file=sys.stderr, flush=True)
 
     if args.detach:
-        from fcvm.snapshots.background import detached
+        from fcvm.vm.background import detached
 
-        print(detached(lambda ready: server.serve(settings, context.config, assets, ready=ready, say=say)))
+        def live(ready: Callable[[], None]) -> int:
+            server.serve(settings, context.config, assets, ready=ready, say=say)
+            return 0
+
+        print(detached("The clone server", live, hint="FCVM_LOG=debug fcvm snapshot serve TAG"))
     else:
         server.serve(settings, context.config, assets, ready=ready, say=say)
     return 0

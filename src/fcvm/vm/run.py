@@ -1,22 +1,21 @@
 """A VM tied to this process: its terminal, its signals, its exit code."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from fcvm import host, setup
 from fcvm.config import Config
-from fcvm.errors import FcvmError, HostError
+from fcvm.errors import HostError
 from fcvm.network import attach
 from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot, rpc, state
+from fcvm.vm import background, boot_snapshot, state
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -122,49 +121,10 @@ def detached(spec: RunSpec, config: Config) -> int:
     """
     sweep(config)
     start = how_to_start(spec, config)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        _background(spec, config, start, write)
-    os.close(write)
-    with os.fdopen(read, "rb") as report:
-        line = report.read()
-    if not line:
-        os.waitpid(child, 0)
-        raise FcvmError("The VM's supervisor died before the container ran.", hint="FCVM_LOG=debug fcvm podman run ...")
-    answer: dict[str, Any] = json.loads(line)
-    if "error" in answer:
-        os.waitpid(child, 0)
-        raise FcvmError(answer["error"], hint=answer["hint"], exit_code=answer["exit_code"])
-    print(answer["name"])
+
+    def live(ready: Callable[[], None]) -> int:
+        return drive(Supervisor(spec, config, start, on_started=ready))
+
+    background.detached("The VM's supervisor", live, hint="FCVM_LOG=debug fcvm podman run ...")
+    print(spec.name)
     return 0
-
-
-def _background(spec: RunSpec, config: Config, start: Start, report: int) -> None:
-    """The background process: tells ``report`` once how the start went, then is silent. Never returns."""
-    code = 125
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        told = False
-
-        def tell(answer: dict[str, Any]) -> None:
-            nonlocal told
-            if not told:
-                told = True
-                with contextlib.suppress(OSError):
-                    os.write(report, json.dumps(answer).encode())
-                os.close(report)
-
-        supervisor = Supervisor(spec, config, start, on_started=lambda: tell({"name": spec.name}))
-        try:
-            code = drive(supervisor)
-            tell({"name": spec.name})
-        except FcvmError as error:
-            tell(rpc.failure(error))
-            code = error.exit_code
-    finally:
-        os._exit(code)

@@ -73,6 +73,7 @@ class Supervisor:
         self._streams_ended = False
         self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._asks: list[dict[str, Any]] = []
+        self._waking = threading.RLock()  # a signal handler may ask while its own thread does
         self._selector = selectors.DefaultSelector()
         self._phase = "starting"
         self._exit: dict[str, Any] | None = None
@@ -121,8 +122,9 @@ class Supervisor:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # the loop has ended
-            os.eventfd_write(self._asked, 1)
+        with self._waking:
+            if self._asked >= 0:  # else the loop has ended
+                os.eventfd_write(self._asked, 1)
 
     # The life
 
@@ -147,8 +149,9 @@ class Supervisor:
         finally:
             self._answer_waiting({"ok": True})
             self._selector.close()
-            asked, self._asked = self._asked, -1
-            os.close(asked)
+            with self._waking:
+                os.close(self._asked)
+                self._asked = -1
 
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         spec = self.spec

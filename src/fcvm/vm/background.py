@@ -9,14 +9,20 @@ from typing import Any, NoReturn
 from fcvm.errors import FcvmError
 from fcvm.vm import rpc
 
+Work = Callable[[Callable[[], None]], int]
 
-def detached(work: Callable[[Callable[[], None]], None]) -> int:
-    """Run ``work(ready)`` in a background process; returns its pid as soon as it has called ``ready``.
 
-    No thread may run in this process yet.
+def detached(what: str, work: Work, *, hint: str) -> int:
+    """Run ``work(ready)`` in a background process, whose exit code it returns; gives its pid once ``ready`` was called.
+
+    Work that ends by itself before it was ready has done all there was to do, which is as good. No thread may run in
+    this process yet.
+
+    Arguments:
+        what: names the process in the error for its death, which has ``hint``.
 
     Raises:
-        FcvmError: what ``work`` raised before it was ready.
+        FcvmError: what ``work`` raised before it was ready; or the process died.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -28,7 +34,7 @@ def detached(work: Callable[[Callable[[], None]], None]) -> int:
         line = report.read()
     if not line:
         os.waitpid(child, 0)
-        raise FcvmError("The clone server died while it started.", hint="FCVM_LOG=debug fcvm snapshot serve TAG")
+        raise FcvmError(f"{what} died while it started.", hint=hint)
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         os.waitpid(child, 0)
@@ -36,7 +42,7 @@ def detached(work: Callable[[Callable[[], None]], None]) -> int:
     return child
 
 
-def _live(work: Callable[[Callable[[], None]], None], report: int) -> NoReturn:
+def _live(work: Work, report: int) -> NoReturn:
     code = 125
     told = False
 
@@ -54,10 +60,14 @@ def _live(work: Callable[[Callable[[], None]], None], report: int) -> NoReturn:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         try:
-            work(lambda: tell({"ready": True}))
-            code = 0
+            code = work(lambda: tell({"ready": True}))
+            tell({"ready": True})
         except FcvmError as error:
             tell(rpc.failure(error))
             code = error.exit_code
+        except Exception:
+            import traceback
+
+            tell({"error": f"This is a bug in fcvm.\n{traceback.format_exc()}", "hint": None, "exit_code": code})
     finally:
         os._exit(code)

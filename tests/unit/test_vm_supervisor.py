@@ -1,0 +1,82 @@
+"""A VM's supervisor without a VM: what happens when it cannot even start."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from fcvm import config as settings
+from fcvm.errors import ConflictError, FcvmError
+from fcvm.storage.layout import Layout
+from fcvm.vm import background, state
+from fcvm.vm.spec import ImageUse, RunSpec
+from fcvm.vm.start import Boot
+from fcvm.vm.supervisor import Supervisor
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Supervisor:
+    """A supervisor whose VM's name is taken."""
+    layout = Layout(tmp_path)
+    spec = RunSpec(name="taken", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    record = state.Record(
+        id=state.new_id(), name=spec.name, pid=os.getpid(), status="running", health="healthy", image="image",
+        created_at=0, cpu=1, memory_mib=128, keep=True,
+    )  # fmt: skip
+    state.register(layout, record)
+    return Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), Boot(None))  # type: ignore[arg-type]
+
+
+def test_streams_of_a_vm_that_never_started_end_quietly(refused: Supervisor) -> None:
+    with pytest.raises(ConflictError):
+        refused.run()
+    refused.carry_streams()
+    refused.ask({"op": "stop"})
+
+
+def test_streams_may_wait_for_a_vm_that_does_not_start(refused: Supervisor) -> None:
+    thread = threading.Thread(target=refused.carry_streams)
+    thread.start()
+    with pytest.raises(ConflictError):
+        refused.run()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_background_tells_what_has_failed() -> None:
+    def refuse(_ready: object) -> int:
+        raise ConflictError("It is taken.", hint="take another", exit_code=125)
+
+    with pytest.raises(FcvmError) as caught:
+        background.detached("The work", refuse, hint="look")
+    assert (caught.value.message, caught.value.hint) == ("It is taken.", "take another")
+
+
+def test_the_background_tells_of_a_bug() -> None:
+    with pytest.raises(FcvmError, match="ZeroDivisionError"):
+        background.detached("The work", lambda _ready: 1 // 0, hint="look")
+
+
+def test_the_background_tells_of_its_death() -> None:
+    with pytest.raises(FcvmError, match="The work died") as caught:
+        background.detached("The work", lambda _ready: os._exit(3), hint="look")
+    assert caught.value.hint == "look"
+
+
+def test_work_in_the_background_goes_on_once_it_is_ready() -> None:
+    done, tell = os.pipe()
+    go, let = os.pipe()
+
+    def work(ready: object) -> int:
+        ready()  # type: ignore[operator]
+        os.read(go, 1)
+        os.write(tell, b"x")
+        return 7
+
+    child = background.detached("The work", work, hint="look")
+    os.write(let, b"x")
+    assert os.read(done, 1) == b"x"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for fd in (done, tell, go, let):
+        os.close(fd)
