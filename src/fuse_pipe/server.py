@@ -50,7 +50,7 @@ class Server:
         Arguments:
             state: what ``save`` of another server gave, to take over its mounts.
             journals: a directory to keep journals in; the mounts of a killed server that kept them there are taken
-            over.
+            over, and of ``state`` only those that are not among them.
         """
         linux.keep_memory()
         self.root = root
@@ -65,18 +65,24 @@ class Server:
         except OSError:
             self.kind = "directory"  # gone: everything in it fails with EIO
         self.journals = Path(journals) if journals is not None else None
-        if state is not None:
-            restore(self, state)
-        elif self.journals is not None:
+        if self.journals is not None:
             self.journals.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._replay(self.journals)
+        if state is not None:
+            self._take_over(state)
 
     def _replay(self, journals: Path) -> None:
         for path in sorted(journals.glob("*.journal")):
             replay = Replay()
             replay.read(path)
-            restore(self, {"version": VERSION, "sessions": [replay.state(path.stem)]})
-            save_session(self.sessions[path.stem], journal=True)
+            self._take_over({"version": VERSION, "sessions": [replay.state(path.stem)]})
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Go on with the mounts of a saved state, but those that journals know better."""
+        new = [saved for saved in state.get("sessions", ()) if saved.get("name") not in self.sessions]
+        restore(self, {**state, "sessions": new})
+        for saved in new:
+            save_session(self.sessions[saved["name"]], journal=True)
 
     def session(self, name: str) -> Session:
         """The mount of this name, made when it is first heard of."""
