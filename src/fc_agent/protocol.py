@@ -13,6 +13,7 @@ PROTOCOL = 1
 
 CONTROL_PORT = 4999  # vsock, guest to host
 SESSION_PORT = 4998  # vsock, host to guest
+VOLUME_PORT = 5000  # vsock, guest to host: of the first volume; the others follow
 
 MAX_LINE = 16 << 20  # bytes of one message; a plan holds the environment
 

@@ -10,6 +10,7 @@ from fc_agent.container import VOLUMES
 from fc_agent.protocol import VolumePlan
 
 CHANNELS = 2  # requests that can be on their way at a time, per volume: one for each reader
+ATTEMPTS = 5  # to mount; the host's server is given half a minute each time
 
 
 def mount_all(volumes: list[VolumePlan]) -> None:
@@ -20,17 +21,28 @@ def mount_all(volumes: list[VolumePlan]) -> None:
     """
     if not volumes:
         return
-    from fuse_pipe.relay import Relay
-
     for index, volume in enumerate(volumes):
         place = f"{VOLUMES}/{index}"
         _make(place, file=volume.file)
-        relay = Relay(_connector(volume.port), place, channels=CHANNELS, source=f"fcvm-{index}")
-        relay.mount()
+        _mount(volume, place, f"fcvm-{index}")
         if not os.path.lexists(volume.path):
             with contextlib.suppress(OSError):
                 _make(volume.path, file=volume.file)
                 linux.mount(place, volume.path, "none", linux.MS_BIND | linux.MS_REC)
+
+
+def _mount(volume: VolumePlan, place: str, source: str) -> None:
+    """Mount one; a server that ends just then is another one soon."""
+    from fuse_pipe.errors import ConnectionLost
+    from fuse_pipe.relay import Relay
+
+    for attempt in range(ATTEMPTS):
+        try:
+            Relay(_connector(volume.port), place, channels=CHANNELS, source=source).mount()
+            return
+        except (ConnectionLost, ConnectionError):
+            if attempt == ATTEMPTS - 1:
+                raise
 
 
 def _make(path: str, *, file: bool) -> None:

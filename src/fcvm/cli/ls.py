@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         print(json.dumps([record.public() for record in found], indent=2))
     else:
         rows: list[tuple[str, ...]] = [
-            ("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "IMAGE", "CREATED", "PID")
+            ("NAME", "STATUS", "HEALTH", "CPU", "MEM", "NETWORK", "PORTS", "VOLUMES", "IMAGE", "CREATED", "PID")
         ]
         rows += [_row(record) for record in found]
         print(table(rows))
@@ -52,6 +52,7 @@ def _row(record: state.Record) -> tuple[str, ...]:
         f"{record.memory_mib}M",
         f"{network.get('mode', 'none')}" + (f" {network['host_ip']}" if network.get("host_ip") else ""),
         ",".join(_port(port) for port in network.get("ports", [])) or "-",
+        ",".join(volume["guest"] + ":ro" * volume["read_only"] for volume in record.volumes) or "-",
         record.image,
         age(time.time() - record.created_at),
         str(record.pid),

@@ -59,6 +59,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="publish a port on the host",
     )
     add(
+        "--map",
+        "--volume",
+        "-v",
+        action="append",
+        default=[],
+        metavar="HOST:GUEST[:ro]",
+        help="show a host directory or file in the container; more, separated by commas",
+    )
+    add(
         "--network",
         metavar="MODE",
         choices=("rootless", "bridged", "none"),
@@ -123,6 +132,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     """The fields of the RunSpec, all but the image: cheap checks come before any work."""
     from fcvm.network import spec as network
     from fcvm.vm import spec, state
+    from fcvm.volumes import spec as volumes
 
     config = context.config
     if not args.words:
@@ -178,6 +188,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "publish": args.publish,
         "forward_localhost": args.forward_localhost,
         "dns": args.dns,
+        "volumes": volumes.parse_all(args.map),
         "snapshot": not args.no_snapshot,
         "timings": args.timings,
     }

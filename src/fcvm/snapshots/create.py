@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from fcvm.storage.layout import Layout
 
 BASE = "memory.base"
 UNKNOWN = "memory.unknown"
+
+SaveVolumes = Callable[[], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +57,28 @@ def take(
     tag: str,
     vmm: Firecracker,
     manifest: Manifest,
-    volumes: Sequence[Mapping[str, Any]] = (),
+    volumes: SaveVolumes = list,
 ) -> Timings:
     """Take and publish the snapshot ``tag`` of a running VM, which goes on, whatever happens here.
 
     Arguments:
-        manifest: what it is of; ``volumes``: the state of its mapped host directories.
+        manifest: what it is of.
+        volumes: gives the state of its mapped host directories, while it stands still.
 
     Raises:
         ConflictError: the tag is taken. Those of ``create``.
     """
     with store.creating(layout, tag) as destination:
-        timings = create(vmm, vmm.directory, destination)
+        timings = create(vmm, vmm.directory, destination, volumes)
         try:
             manifest.write(destination)
-            (destination / store.VOLUMES).write_text(json.dumps(list(volumes)) + "\n")
         except OSError as error:
             raise store.write_error(error, destination) from error
     return timings
 
 
-def create(vmm: Firecracker, directory: Path, destination: Path) -> Timings:
-    """Put ``vmstate.bin``, ``memory.bin`` and ``scratch.img`` of the VM that runs in ``directory`` into ``destination``.
+def create(vmm: Firecracker, directory: Path, destination: Path, volumes: SaveVolumes = list) -> Timings:
+    """Put memory, device state, disk and volumes' state of the VM that runs in ``directory`` into ``destination``.
 
     The VM runs on afterwards, whatever happens here; after an error ``destination`` is incomplete and to be thrown
     away. Its vsock connections are reset (Firecracker does that), its listeners stay.
@@ -94,7 +96,9 @@ def create(vmm: Firecracker, directory: Path, destination: Path) -> Timings:
             wrote = time.monotonic()
             files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
             cloned = time.monotonic()
+            states = volumes()
         end = time.monotonic()
+        (destination / store.VOLUMES).write_text(json.dumps(states) + "\n")
         if kind == "Full":
             holes.dig(destination / store.MEMORY)
     except OSError as error:

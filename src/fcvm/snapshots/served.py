@@ -6,12 +6,13 @@ import socket
 import struct
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fcvm.config import Config
 from fcvm.firecracker.process import Firecracker
 from fcvm.network.attach import Network
-from fcvm.snapshots import servers
+from fcvm.snapshots import servers, store
 from fcvm.snapshots.pool import Loaded
 from fcvm.vm import network as networks
 from fcvm.vm.output import Output, write_all
@@ -41,6 +42,10 @@ class Pooled(Start):
     def disks(self, vm: Supervisor) -> None:
         """They are there; the directory becomes the VM's."""
         self.clone.move(vm.directory)
+
+    def volumes(self, vm: Supervisor) -> Path:
+        """Those that the snapshot's VM had open."""
+        return self.clone.kit.snapshot.path / store.VOLUMES
 
     def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
         return contextlib.nullcontext(self.clone.firecracker)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcvm.config import Config
@@ -59,6 +60,10 @@ class Clone(Start):
         """The snapshot's read-only disks by link, its writable one by reflink."""
         snapshot = store.find(vm.layout, self.source)
         restore.furnish(vm.directory, snapshot, restore.find_disks(snapshot, vm.layout))
+
+    def volumes(self, vm: "Supervisor") -> Path:
+        """Those that the snapshot's VM had open."""
+        return store.find(vm.layout, self.source).path / store.VOLUMES
 
     def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
         return self._loaded(vm)

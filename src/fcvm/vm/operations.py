@@ -45,7 +45,8 @@ def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
         protocol=PROTOCOL,
         parent=vm.entry.record.snapshot,
     )
-    return {"timings": asdict(create.take(vm.layout, str(request["tag"]), vm.firecracker, manifest))}
+    took = create.take(vm.layout, str(request["tag"]), vm.firecracker, manifest, vm.volumes.save)
+    return {"timings": asdict(took)}
 
 
 def _shared(vm: "Supervisor", name: str) -> str:

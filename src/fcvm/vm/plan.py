@@ -5,7 +5,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan
+from fc_agent.protocol import VOLUME_PORT, ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
 from fcvm.agent.control import new_machine_id
 from fcvm.agent.terminal import size
 from fcvm.vm.spec import RunSpec
@@ -18,7 +18,7 @@ ENTROPY = 64  # bytes of the host's randomness for each guest
 
 def message(vm: "Supervisor") -> dict[str, Any]:
     """The ``plan`` message for a VM whose agent waits for one."""
-    plan = Plan(identity=identity(vm), container=container(vm.spec), network=network(vm))
+    plan = Plan(identity(vm), container(vm.spec), network(vm), volumes(vm.spec))
     return {"type": "plan", **plan.to_json()}
 
 
@@ -42,6 +42,14 @@ def identity(vm: "Supervisor", *, clone: bool = False) -> Identity:
 def network(vm: "Supervisor") -> NetworkPlan | None:
     """What the guest's interface is to be configured with."""
     return NetworkPlan.from_json(vm.network.guest.json())
+
+
+def volumes(spec: RunSpec) -> list[VolumePlan]:
+    """Where the guest finds its volumes, and where it shows them."""
+    return [
+        VolumePlan(VOLUME_PORT + index, volume.guest, volume.read_only, volume.file)
+        for index, volume in enumerate(spec.volumes)
+    ]
 
 
 def container(spec: RunSpec) -> ContainerPlan:

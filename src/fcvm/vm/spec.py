@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fcvm.errors import UsageError
+from fcvm.volumes.spec import Volume
 
 MAX_CPU = 32  # Firecracker's own limit (machine-config.vcpu_count)
 MIN_MEMORY = 128  # MiB; below this the guest OS and Podman do not fit
@@ -65,7 +66,7 @@ class RunSpec:
     publish: list[str] = field(default_factory=list)
     forward_localhost: list[str] = field(default_factory=list)
     dns: list[str] = field(default_factory=list)
-    volumes: list[str] = field(default_factory=list)
+    volumes: list[Volume] = field(default_factory=list)
     timings: bool = False
     snapshot: bool = True
 
@@ -74,7 +75,8 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunSpec":
-        return cls(**{**values, "image": ImageUse(**values["image"])})
+        volumes = [Volume(**volume) for volume in values.get("volumes", ())]
+        return cls(**{**values, "image": ImageUse(**values["image"]), "volumes": volumes})
 
 
 def check_cpu(count: int) -> int:

@@ -37,6 +37,10 @@ class Start(ABC):
         """The tag of the user's snapshot that it is from; None for any other start."""
         return None
 
+    def volumes(self, vm: "Supervisor") -> Path | None:
+        """What the volumes' server goes on from: the ``volumes.json`` of the snapshot. None: nothing."""
+        return None
+
     @property
     def timeout(self) -> float:
         """Seconds until the agent says hello; under emulation beside other work a boot takes up to a minute."""

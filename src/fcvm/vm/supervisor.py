@@ -35,6 +35,8 @@ from fcvm.vm import network, operations, output, paths, plan, rpc, state
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
+from fcvm.volumes.service import Volumes
+from fcvm.volumes.spec import owner
 
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
@@ -166,6 +168,7 @@ class Supervisor:
             cpu=spec.cpu,
             memory_mib=spec.memory,
             labels=spec.labels,
+            volumes=[volume.public() for volume in spec.volumes],
             keep=False,
             snapshot=self._start.snapshot,
         )
@@ -183,11 +186,17 @@ class Supervisor:
         self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
+        self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
         self.firecracker: Firecracker = self._vmm.enter_context(self._start.firecracker(self))
         self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
         self._start.go(self)
         self._deadline = time.monotonic() + self._start.timeout
+
+    def _serve_volumes(self) -> Volumes:
+        spec = self.spec
+        vsock_path, states = self.directory / paths.VSOCK, self._start.volumes(self)
+        return Volumes(spec.volumes, vsock_path, owner=owner(spec.user), states=states)
 
     def _leave(self) -> None:
         """The end of the VM's directory; of a kept VM only the logs stay."""
@@ -244,6 +253,7 @@ class Supervisor:
         """Replace a guest that never said hello: nothing of it was seen by anybody."""
         self._selector.unregister(self.firecracker.pidfd)
         self._vmm.close()
+        self.volumes.restart()
         for path in (*self.directory.glob("*.img"), self.directory / KERNEL, self.directory / paths.VSOCK):
             path.unlink(missing_ok=True)
         self._start, self._phase = start, "starting"
