@@ -364,6 +364,7 @@ static u64 perform(struct request *r)
 
 static struct header control = {.from_port = CONTROL, .to_port = OWN};
 static struct header main_session; /* the container's own: who carries its output */
+static int stopped;                /* the container has ended: whoever carries its output is told, now or later */
 
 static u32 length_of(const char *text)
 {
@@ -409,6 +410,7 @@ static void on_control(const u8 *data, u32 length)
         say(&control, "{\"type\":\"ready\"}\n");
     if (contains(data, length, "\"stop\"")) {
         say(&control, "{\"type\":\"exit\",\"code\":143,\"oom\":false}\n");
+        stopped = 1;
         if (main_session.to_port)
             frame(&main_session, 8, "{\"code\":143}");
     }
@@ -420,6 +422,8 @@ static void on_session(struct header *in, const u8 *data, u32 length)
         main_session = *in;
         say(in, "{\"session\":\"main\",\"received\":0,\"from\":0}\n");
         frame(in, 5, "hello from the container\n");
+        if (stopped)
+            frame(in, 8, "{\"code\":143}");
     } else if (contains(data, length, "\"open\"")) {
         say(in, "{\"session\":\"1\",\"received\":0}\n");
         frame(in, 7, "{\"pid\":1}");
@@ -483,6 +487,7 @@ static void reset(void)
     for (u64 i = 0; i < 64; i++)
         connections[i].peer = connections[i].port = 0;
     main_session.to_port = 0;
+    stopped = 0;
     switch (on_reset) {
     case STOP:
         halt();
