@@ -110,19 +110,20 @@ sys.exit(e.code)
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[Callable[[Callable[[socket.socket], None]], Path]]:
-    """A vsock device whose one connection is answered by a function."""
+def device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A vsock device whose connections are answered by a function each."""
     path = tmp_path / "vsock.sock"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
     threads = []
 
-    def start(answer: Callable[[socket.socket], None]) -> Path:
+    def start(*answers: Callable[[socket.socket], None]) -> Path:
         def body() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                answer(connection)
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    answer(connection)
 
         threads.append(threading.Thread(target=body))
         threads[0].start()
@@ -134,7 +135,7 @@ def device(tmp_path: Path) -> Iterator[Callable[[Callable[[socket.socket], None]
     listener.close()
 
 
-def test_vsock_connects(device: Callable[[Callable[[socket.socket], None]], Path]) -> None:
+def test_vsock_connects(device: Callable[..., Path]) -> None:
     def answer(connection: socket.socket) -> None:
         assert connection.recv(100) == b"CONNECT 4998\n"
         connection.sendall(b"OK 1073741824\nhello")
@@ -144,7 +145,7 @@ def test_vsock_connects(device: Callable[[Callable[[socket.socket], None]], Path
         assert connection.recv(100) == b"hello"
 
 
-def test_vsock_with_nobody_listening(device: Callable[[Callable[[socket.socket], None]], Path]) -> None:
+def test_vsock_with_nobody_listening(device: Callable[..., Path]) -> None:
     def answer(connection: socket.socket) -> None:
         connection.recv(100)
 
@@ -152,7 +153,24 @@ def test_vsock_with_nobody_listening(device: Callable[[Callable[[socket.socket],
         vsock.connect(device(answer), 4998, 30)
 
 
-def test_vsock_that_never_answers(device: Callable[[Callable[[socket.socket], None]], Path]) -> None:
+def test_vsock_of_a_guest_that_accepts_too_late_is_asked_again(
+    device: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firecracker closes a connection that a busy guest has not accepted within two seconds."""
+    monkeypatch.setattr(vsock, "REQUEST_TIME", 0.1)
+
+    def late(connection: socket.socket) -> None:
+        connection.recv(100)
+        threading.Event().wait(0.1)
+
+    def answer(connection: socket.socket) -> None:
+        assert connection.recv(100) == b"CONNECT 4998\n"
+        connection.sendall(b"OK 1073741824\n")
+
+    vsock.connect(device(late, late, answer), 4998, 30).close()
+
+
+def test_vsock_that_never_answers(device: Callable[..., Path]) -> None:
     done = threading.Event()
     path = device(lambda connection: bool(done.wait(60)))  # type: ignore[arg-type,return-value]
     with pytest.raises(AgentError, match="did not answer"):
@@ -160,7 +178,7 @@ def test_vsock_that_never_answers(device: Callable[[Callable[[socket.socket], No
     done.set()
 
 
-def test_vsock_that_talks_nonsense(device: Callable[[Callable[[socket.socket], None]], Path]) -> None:
+def test_vsock_that_talks_nonsense(device: Callable[..., Path]) -> None:
     def answer(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection.sendall(b"x" * 1000)

@@ -1,7 +1,8 @@
 """Connections into a guest over Firecracker's vsock device (its docs/vsock.md, "Host-Initiated Connections").
 
 The device is a Unix socket on the host. A connection to a guest's port starts with the line ``CONNECT <port>``, answered by
-``OK <host port>``; where nobody listens in the guest, Firecracker just closes it.
+``OK <host port>``; where nobody listens in the guest, Firecracker just closes it. It also does so when the guest has not
+accepted within two seconds, which happens to one that is starved of its CPUs: then we ask again.
 """
 
 import os
@@ -10,6 +11,7 @@ import time
 
 from fcvm.errors import AgentError
 
+REQUEST_TIME = 2.0  # seconds that Firecracker gives a guest to accept (CONN_REQUEST_TIMEOUT_MS of its vsock device)
 MAX_SUN_PATH = 107  # <linux/un.h>, less the final NUL
 
 
@@ -24,9 +26,22 @@ def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> socket.so
         FileNotFoundError, ConnectionRefusedError: Firecracker is gone.
     """
     end = time.monotonic() + timeout
+    while True:
+        began = time.monotonic()
+        try:
+            return _connect(uds, port, end)
+        except TimeoutError as error:
+            raise AgentError(f"The guest did not answer on port {port} within {timeout:g} seconds.") from error
+        except AgentError:
+            if time.monotonic() - began < 0.9 * REQUEST_TIME:
+                raise
+
+
+def _connect(uds: str | os.PathLike[str], port: int, end: float) -> socket.socket:
+    """One attempt, until ``end``; raises TimeoutError then."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(timeout)
+        connection.settimeout(max(0.001, end - time.monotonic()))
         connect_path(connection, uds)
         connection.sendall(b"CONNECT %d\n" % port)
         answer = b""
@@ -40,9 +55,6 @@ def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> socket.so
             raise AgentError(f"The VM's vsock device answered {answer!r} to CONNECT {port}.")
         connection.settimeout(None)
         return connection
-    except TimeoutError as error:
-        connection.close()
-        raise AgentError(f"The guest did not answer on port {port} within {timeout:g} seconds.") from error
     except (ConnectionResetError, BrokenPipeError) as error:
         connection.close()
         raise AgentError(f"The VM closed the connection to port {port} in the guest.") from error
