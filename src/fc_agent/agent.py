@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fc_agent import exec as runtime
-from fc_agent import identity, linux, process, sockets, volumes
+from fc_agent import identity, linux, nested, process, sockets, volumes
 from fc_agent.container import Container, StartError
 from fc_agent.control import Connect, Control, connect_vsock
 from fc_agent.health import Monitor
@@ -139,6 +139,9 @@ class Agent:
         assert plan.container is not None
         mount_images()
         volumes.mount_all(plan.volumes)
+        if plan.nested:
+            nested.prepare()
+            self._control.stage("nested")
         self._control.stage("plan")
         container = Container(self._service, plan.container, plan.volumes)
         self._control.stage("create")

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from fc_agent import linux
+from fc_agent import linux, nested
 
 MS_NOATIME = 1024  # <linux/mount.h>
 MNT_DETACH = 2
@@ -97,9 +97,10 @@ def _sockaddr(address: bytes) -> bytes:
 
 
 def devices() -> None:
-    """Permissions that udev would give: /dev/kvm for group kvm, tun and fuse for everyone."""
+    """Permissions that udev would give: /dev/kvm for group kvm, tun and fuse for everyone; KVM's setting for nested VMs."""
     if not os.path.exists("/dev/kvm"):
         raise Broken("the kernel has made no /dev/kvm: QEMU's CPU lacks SVM")
+    linux.write("/sys/module/kvm/parameters/min_timer_period_us", str(nested.TIMER_PERIOD))
     for path in ("/dev/kvm", "/dev/net/tun", "/dev/fuse", "/dev/userfaultfd"):
         with suppress(FileNotFoundError):
             os.chmod(path, 0o666)

@@ -183,9 +183,14 @@ class Identity(Message):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Message):
-    """What a VM that was just booted shall do. Without a container the agent only takes its identity and says ready."""
+    """What a VM that was just booted shall do. Without a container the agent only takes its identity and says ready.
+
+    Attributes:
+        nested: VMs shall run in it; it has the disk for that.
+    """
 
     identity: Identity
     container: ContainerPlan | None = None
     network: NetworkPlan | None = None
     volumes: list[VolumePlan] = field(default_factory=list)
+    nested: bool = False

@@ -69,11 +69,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("storage_size", size, "32g", "Size of the loopback btrfs that setup makes at base_dir when run as root."),
     Setting("log", str, "warning", "What fcvm says about itself on stderr: debug, info, warning or error."),
     Setting("firecracker", str, "", "Firecracker binary to use; empty: PATH, then the pinned official release."),
+    Setting("nv2", boolean, "no", "arm64: VMs that can run VMs; Firecracker, a fork that knows it, gets --enable-nv2."),
     Setting("kernel_profile", str, "debian", "Guest kernel: debian (the cloud kernel) or kata (a release archive)."),
     Setting("kernel_url", str, "", "Where the kata kernel's release archive is fetched; empty: its official address."),
     Setting("kernel_sha256", str, "", "Checksum of the archive at kernel_url."),
     Setting("debian_suite", str, "trixie", "Debian release of the guest image and its kernel."),
     Setting("debian_mirror", str, "", "Debian mirror; empty: the one that this host's apt uses, or Debian's own."),
+    Setting("further_images", str, "", "Another data directory, whose images are used where this one has none of that name."),
     Setting("cpu", int, 2, "Virtual CPUs of a VM, unless --cpu says otherwise."),
     Setting("mem", size, "1g", "Memory of a VM, unless --mem says otherwise."),
     Setting("scratch_size", size, "10g", "Size of a VM's writable disk (sparse: it takes what is written)."),
@@ -94,11 +96,13 @@ class Config:
     storage_size: int
     log: str
     firecracker: str
+    nv2: bool
     kernel_profile: str
     kernel_url: str
     kernel_sha256: str
     debian_suite: str
     debian_mirror: str
+    further_images: str
     cpu: int
     mem: int
     scratch_size: int

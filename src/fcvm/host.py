@@ -84,6 +84,36 @@ def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], ma
     return Kvm(True, f"{device} works ({extension or machine}).")
 
 
+def nesting(parameters: Path = Path("/sys/module"), machine: str | None = None, cmdline: str | None = None) -> Kvm:
+    """Whether guests of this host can use KVM themselves: a parameter of the host's KVM module.
+
+    Arguments:
+        parameters: where the kernel shows its modules' parameters.
+        machine, cmdline: architecture and kernel command line of the host; None for this one's.
+    """
+    if (machine or os.uname().machine) == "aarch64":
+        told = _read(Path("/proc/cmdline")) if cmdline is None else cmdline
+        if "kvm-arm.mode=nested" in told.split():
+            return Kvm(True, "Nested virtualization is on (kvm-arm.mode=nested).")
+        return Kvm(
+            False,
+            "Nested virtualization is off: VMs cannot run VMs.",
+            "boot with kvm-arm.mode=nested (FEAT_NV2, Linux 6.18 or later)",
+        )
+    for module in ("kvm_intel", "kvm_amd"):
+        value = _read(parameters / module / "parameters/nested").strip()
+        if value in ("Y", "1"):
+            return Kvm(True, f"Nested virtualization is on ({module}).")
+        if value:
+            return Kvm(
+                False,
+                f"Nested virtualization is off ({module}): VMs cannot run VMs.",
+                f"echo 'options {module} nested=1' | sudo tee /etc/modprobe.d/{module}.conf; "
+                f"sudo modprobe -r {module}; sudo modprobe {module}",
+            )
+    return Kvm(False, "The kernel does not say whether nested virtualization is on.", "sudo modprobe kvm_intel || sudo modprobe kvm_amd")
+
+
 NO_EXTENSION_HINT = "turn on virtualization in the firmware; on a virtual machine, nested virtualization where it runs"
 
 
@@ -117,6 +147,14 @@ def emulated() -> bool:
     hypervisor's CPUID signature, which is that of QEMU's emulator.
     """
     return "tsc_early_khz=" in _read(Path("/proc/cmdline")) or hypervisor() == "TCGTCGTCGTCG"
+
+
+def deep() -> bool:
+    """Whether we are in a VM below the machine: emulated, and every exit of a VM here passes through two KVMs.
+
+    One costs a millisecond on an idle host, so what saves exits is worth much here: see ``fcvm.vm.start.hardware``.
+    """
+    return emulated() and "fcvm.role=vm" in _read(Path("/proc/cmdline")).split()
 
 
 def hypervisor() -> str:

@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
 from fcvm.errors import NotFoundError, UsageError
+from fcvm.storage.layout import Layout
 
 WHERE = "vms"
 
@@ -88,6 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--stop-timeout", metavar="SECONDS", help="from stop signal to kill (default: the setting stop_timeout)")
     add("--kernel", metavar="FILE", help="boot this vmlinux instead of the one from setup")
+    add("--inception", action="store_true", help="a VM that can run VMs: it has fcvm and all that takes (docs/nested.md)")
     add("--firecracker-args", metavar="STRING", help="more words for Firecracker's command line")
     add("--scratch-size", metavar="SIZE", help="size of the VM's writable disk (default: the setting scratch_size)")
     add(
@@ -120,16 +123,20 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
             setup.ensure(context.config, context.layout, shown)
     else:
         setup.find(context.config, context.layout)
+    if args.inception:
+        draft["nested"] = _nested_disk(context, draft)
 
     from fcvm.images import resolve
 
-    image = resolve.ensure(args.words[0], pull=args.pull, layout=context.layout)
+    further = Layout(Path(context.config.further_images)) if context.config.further_images else None
+    image = resolve.ensure(args.words[0], pull=args.pull, layout=context.layout, further=further)
     use = ImageUse(reference=image.reference, id=image.id, digest=image.digest, path=str(image.path))
     args.spec = RunSpec(image=use, **draft).to_json()
 
 
 def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     """The fields of the RunSpec, all but the image: cheap checks come before any work."""
+    from fcvm.nested import profile
     from fcvm.network import spec as network
     from fcvm.vm import spec, state
     from fcvm.volumes import spec as volumes
@@ -158,6 +165,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         raise NotFoundError(
             f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux"
         )
+    default_memory = config.mem * (profile.DEFAULT_MEMORY if args.inception else 1)
     name = state.check_name(args.name) if args.name is not None else f"vm-{state.new_id()[:8]}"
     if args.cmd is not None:
         command = values.words(args.cmd, "--cmd")
@@ -171,10 +179,12 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "privileged": args.privileged,
         "labels": values.pairs(args.label, "--label"),
         "cpu": spec.check_cpu(values.number(args.cpu, "--cpu", least=1) if args.cpu else config.cpu),
-        "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem else config.mem),
+        "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem else default_memory),
         "scratch_size": values.size(args.scratch_size, "--scratch-size") if args.scratch_size else config.scratch_size,
         "kernel": kernel,
-        "firecracker_args": values.words(args.firecracker_args or "", "--firecracker-args"),
+        "firecracker_args": profile.firecracker_args(
+            values.words(args.firecracker_args or "", "--firecracker-args"), config
+        ),
         "tty": args.tty,
         "interactive": args.interactive,
         "detach": args.detach,
@@ -192,6 +202,18 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "snapshot": not args.no_snapshot,
         "timings": args.timings,
     }
+
+
+def _nested_disk(context: Context, draft: dict[str, Any]) -> str:
+    """The disk for a VM that runs VMs, made if it is not there yet."""
+    from fcvm import setup
+    from fcvm.nested import disk, profile
+    from fcvm.setup import progress
+
+    assets = setup.find(context.config, context.layout)
+    profile.check(context.config, draft["kernel"], assets.kernel_version, draft["firecracker_args"])
+    with progress.open() as shown:
+        return str(disk.ensure(context.layout, assets, shown))
 
 
 def _entrypoint(text: str | None) -> list[str] | None:
@@ -223,6 +245,10 @@ def run(args: argparse.Namespace, context: Context) -> int:
     from fcvm.vm.spec import RunSpec
 
     spec = RunSpec.from_json(args.spec)
+    if spec.nested is not None:
+        from fcvm.nested import profile
+
+        profile.require_nesting()
     if spec.detach:
         return vm.detached(spec, context.config)
     return vm.foreground(spec, context.config)

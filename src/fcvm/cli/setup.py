@@ -15,6 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--generate-config", action="store_true", help="print every setting with its default, as a configuration file"
     )
     what.add_argument("--storage-only", action="store_true", help="only make the data directory")
+    parser.add_argument(
+        "--inception", action="store_true", help="also make the disk for VMs that run VMs, and see whether they can here"
+    )
     what.add_argument("--force", action="store_true", help="build everything anew, with today's packages")
     what.add_argument(
         "--from",
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         print(generate(), end="")
         return 0
 
+    from fcvm import host
     from fcvm.setup import build, progress, storage
 
     config, layout = context.config, context.layout
@@ -43,9 +47,17 @@ def run(args: argparse.Namespace, context: Context) -> int:
                 build.adopt(config, layout, args.source.absolute(), shown)
             assets = build.ensure(config, layout, shown, force=args.force)
             made = storage.examine(layout.base)
+            if args.inception:
+                from fcvm.nested import disk
+
+                disk.ensure(layout, assets, shown)
     print(f"Data directory: {layout.base} ({made.detail}).", file=sys.stderr)
     if not args.storage_only:
         print(
             f"fcvm is set up: Linux {assets.kernel_version}, Firecracker {assets.firecracker_version}.", file=sys.stderr
         )
+    if args.inception and not host.uses_machine(config):
+        from fcvm.nested import profile
+
+        profile.require_nesting()
     return 0

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Pull = Literal["always", "missing", "newer", "never"]
 
 
-def ensure(text: str, *, pull: str = "missing", layout: Layout, progress: "Progress | None" = None) -> Image:
+def ensure(
+    text: str, *, pull: str = "missing", layout: Layout, further: Layout | None = None, progress: "Progress | None" = None
+) -> Image:
     """The image that ``text`` names, fetched and converted if it is not here.
 
     Arguments:
@@ -30,6 +32,7 @@ def ensure(text: str, *, pull: str = "missing", layout: Layout, progress: "Progr
             registry, and fail if it cannot be asked; ``newer``: ask it, and use what is here if it cannot be asked;
             ``never``: use what is here. Files and local storages are read again whenever they have changed, unless
             ``never``.
+        further: another data directory, only read: where ``layout`` has no image of that name, its is used.
         progress: shows what takes long; without it, on stderr.
 
     Raises:
@@ -41,7 +44,7 @@ def ensure(text: str, *, pull: str = "missing", layout: Layout, progress: "Progr
         raise UsageError(f"{pull!r} is no pull policy.", hint=f"--pull takes {', '.join(get_args(Pull))}")
     wanted = reference.parse(text)
     if wanted.transport == REGISTRY:
-        return _named(text, wanted, cast(Pull, pull), layout, progress)
+        return _named(text, wanted, cast(Pull, pull), layout, further, progress)
     known = store.names(layout).get(str(wanted))
     if pull == "never":
         image = store.get(layout, known.key, str(wanted)) if known else None
@@ -56,11 +59,15 @@ def ensure(text: str, *, pull: str = "missing", layout: Layout, progress: "Progr
     return _make(wanted, layout, progress, name=str(wanted), stamp=stamp)
 
 
-def _named(text: str, wanted: Reference, pull: Pull, layout: Layout, progress: "Progress | None") -> Image:
+def _named(
+    text: str, wanted: Reference, pull: Pull, layout: Layout, further: Layout | None, progress: "Progress | None"
+) -> Image:
     configured = registries.load() if wanted.is_short else registries.Registries({}, ())
     image = _local(configured.local(wanted), layout, progress)
     if image is None and (found := store.by_id(layout, text)):
         return found[0]
+    if image is None and further is not None:
+        image = _lent(text, configured.local(wanted), further)
     if image is not None and (
         pull in ("missing", "never") or wanted.digest or reference.name(image.reference).is_localhost
     ):
@@ -96,6 +103,18 @@ def _local(candidates: list[Reference], layout: Layout, progress: "Progress | No
         if image:  # it came from Podman's storage, where it is no more
             return image
     return None
+
+
+def _lent(text: str, candidates: list[Reference], further: Layout) -> Image | None:
+    """The first of ``candidates`` that another data directory has; it is copied when a VM uses it (adopt.py)."""
+    if not (further.base / "images").is_dir():
+        return None
+    known = store.names(further)
+    for name in map(str, candidates):
+        if name in known and (image := store.get(further, known[name].key, name)):
+            return image
+    found = store.by_id(further, text)
+    return found[0] if found else None
 
 
 def _make(source: Reference, layout: Layout, progress: "Progress | None", *, name: str, stamp: str) -> Image:

@@ -1,4 +1,4 @@
-"""Compiles the agent for the guest's Python, so that it need not be compiled at every boot.
+"""Compiles the agent, and fcvm, for the guest's Python, so that it need not be done at every boot.
 
 Bytecode is of one Python version, and the guest's is seldom the host's. So the guest's own interpreter does it: setup has
 taken it out of the image (``recipe.TOOLS``), with as much of its library as it needs to start.
@@ -7,6 +7,8 @@ taken it out of the image (``recipe.TOOLS``), with as much of its library as it 
 import importlib.util
 import marshal
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm.process import run
@@ -23,8 +25,43 @@ import marshal, sys
 from _frozen_importlib_external import MAGIC_NUMBER
 sources = marshal.load(sys.stdin.buffer)
 codes = {name: marshal.dumps(compile(source, path, "exec", dont_inherit=True)) for name, path, source in sources}
-marshal.dump((MAGIC_NUMBER, codes), sys.stdout.buffer, int(sys.argv[1]))
+marshal.dump((sys.implementation.cache_tag, MAGIC_NUMBER, codes), sys.stdout.buffer, int(sys.argv[1]))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Bytecode of one Python release: ``tag`` is in the names of its files (``cpython-313``), ``magic`` at their start."""
+
+    tag: str
+    magic: bytes
+    codes: dict[str, bytes]
+
+    def file(self, name: str, source: bytes) -> bytes:
+        """The content of the .pyc file of module ``name``, which is never compared with its ``source``."""
+        header = self.magic + UNCHECKED_HASH.to_bytes(4, "little") + importlib.util.source_hash(source)
+        return header + self.codes[name]
+
+
+def compile_all(sources: Sequence[tuple[str, str, bytes]], tools: Path, work: Path) -> Compiled:
+    """The bytecode of Python sources.
+
+    Arguments:
+        sources: of each its name, its path in the guest (which tracebacks show), and its content.
+        tools: the programs taken out of the guest's image.
+        work: a directory for temporary files.
+
+    Raises:
+        ProcessError: the guest's interpreter does not run, or finds an error in a source.
+    """
+    script = work / "compiler.py"
+    script.write_text(COMPILER)
+    done = run(
+        [tools / "ld.so", "--library-path", tools, tools / "python3", "-s", "-S", script, str(MARSHAL_VERSION)],
+        input=marshal.dumps(list(sources), MARSHAL_VERSION),
+        env={"PYTHONHOME": str(tools / "pyhome"), "PYTHONHASHSEED": "0"},
+    )
+    return Compiled(*marshal.loads(done.stdout))
 
 
 def precompile(archive: Path, place: str, tools: Path, work: Path) -> None:
@@ -33,27 +70,14 @@ def precompile(archive: Path, place: str, tools: Path, work: Path) -> None:
     Arguments:
         archive: replaced by the new one.
         place: where the archive will be in the guest.
-        tools: the programs taken out of the guest's image.
-        work: a directory for temporary files.
-
-    Raises:
-        ProcessError: the guest's interpreter does not run, or finds an error in a source.
+        tools, work: as for ``compile_all``, and what it raises.
     """
     with zipfile.ZipFile(archive) as packed:
         entries = [(entry, packed.read(entry)) for entry in packed.infolist()]
-    sources = [(entry.filename, f"{place}/{entry.filename}", data) for entry, data in entries]
-    script = work / "compiler.py"
-    script.write_text(COMPILER)
-    done = run(
-        [tools / "ld.so", "--library-path", tools, tools / "python3", "-s", "-S", script, str(MARSHAL_VERSION)],
-        input=marshal.dumps(sources, MARSHAL_VERSION),
-        env={"PYTHONHOME": str(tools / "pyhome"), "PYTHONHASHSEED": "0"},
-    )
-    magic, codes = marshal.loads(done.stdout)
+    compiled = compile_all([(e.filename, f"{place}/{e.filename}", data) for e, data in entries], tools, work)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
         for entry, data in entries:
             packed.writestr(entry, data)
-            compiled = zipfile.ZipInfo(f"{entry.filename}c", entry.date_time)
-            compiled.create_system, compiled.external_attr = entry.create_system, entry.external_attr
-            header = magic + UNCHECKED_HASH.to_bytes(4, "little") + importlib.util.source_hash(data)
-            packed.writestr(compiled, header + codes[entry.filename])
+            info = zipfile.ZipInfo(f"{entry.filename}c", entry.date_time)
+            info.create_system, info.external_attr = entry.create_system, entry.external_attr
+            packed.writestr(info, compiled.file(entry.filename, data))

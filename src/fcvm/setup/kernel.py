@@ -16,15 +16,30 @@ VM = ("pci=off",)
 # emulated TSC is the host's, so its frequency can be told.
 EMULATED = ("tsc=reliable", "no_timer_check")
 
+# For a VM that runs VMs under emulation, where every interrupt that meets one of those costs milliseconds: 250 a second, and
+# they do nothing else any more. The timer of the CPU's APIC in periodic mode is the one whose rate KVM can limit
+# (TIMER_PERIOD); the kernel's jiffies then run slow, its clocks do not.
+COARSE = ("nohz=off", "highres=off", "lapic=notscdeadline")
 
-def boot_args(*, emulated: bool, role: str) -> str:
+# arm64: the option of a Firecracker that gives guests their own EL2 (FEAT_NV2), and what their kernel then needs to be told.
+NV2_OPTION = "--enable-nv2"
+NV2 = ("kvm-arm.mode=nested", "numa=off", "arm64.nv2")
+
+
+def boot_args(*, emulated: bool, role: str, nested: bool = False, nv2: bool = False, machine: str | None = None) -> str:
     """The kernel command line.
 
     Arguments:
         emulated: the CPU that will run it is emulated by software, however many levels below.
         role: ``"vm"`` or ``"machine"``.
+        nested: VMs shall run in it.
+        nv2: Firecracker is given NV2_OPTION.
+        machine: architecture as uname(2) says it; None for this host's.
     """
-    words = [*COMMON, *(X86 if os.uname().machine == "x86_64" else ARM), *(VM if role == "vm" else ())]
-    if emulated and os.uname().machine == "x86_64":
-        words += [f"tsc_early_khz={host.tsc_khz()}", *EMULATED]
+    x86 = (machine or os.uname().machine) == "x86_64"
+    words = [*COMMON, *(X86 if x86 else ARM), *(VM if role == "vm" else ())]
+    if emulated and x86:
+        words += [f"tsc_early_khz={host.tsc_khz()}", *EMULATED, *(COARSE if nested else ())]
+    if nv2 and not x86:
+        words += NV2
     return " ".join([*words, f"fcvm.role={role}"])

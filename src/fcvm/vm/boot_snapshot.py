@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from fcvm import __version__, log
+from fcvm import __version__, host, log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
@@ -103,6 +103,8 @@ class Restore(Boot):
 
     def go(self, vm: "Supervisor") -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
+        if vm.spec.nested is not None:
+            restore.replace_drive(vm.firecracker.api, "nested", boot.NESTED_DISK)
         restore.resume(vm.firecracker.api)
         vm.timings.mark("resume")
 
@@ -117,7 +119,7 @@ def trim(layout: Layout) -> None:
 
 def choose(spec: RunSpec, assets: Assets, layout: Layout) -> Boot:
     """The quickest start there is for ``spec``."""
-    if not spec.snapshot:
+    if not spec.snapshot or host.deep():  # without dirty tracking a snapshot is of all memory: dearer than many boots
         return Boot(assets)
     name = tag(spec, assets)
     try:

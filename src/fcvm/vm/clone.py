@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fcvm import host
 from fcvm.config import Config
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.process import Firecracker
@@ -79,7 +80,7 @@ class Clone(Start):
         ):
             vm.timings.mark("spawn")
             restore.check(snapshot, vmm)
-            restore.load(vmm, snapshot, backend=self.backend)
+            restore.load(vmm, snapshot, backend=self.backend, dirty_tracking=not host.deep())
             vm.timings.mark("load")
             yield vmm
 

@@ -4,17 +4,23 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fc_agent.protocol import PROTOCOL
+from fcvm.agent import session, vsock
 from fcvm.errors import ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
+from fcvm.vm import paths
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 Operation = Callable[["Supervisor", dict[str, Any]], dict[str, Any]]
+
+# Prints how many processes of a guest have a VM open, whoever's it is.
+COUNT_VMS = "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c 'anon_inode:kvm-vm$'"
 
 
 def perform(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +39,13 @@ def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
 
     if not vm.running:
         raise ConflictError(f"The VM {vm.spec.name!r} is not running yet.", hint="fcvm ls")
+    shared = [boot.ROOT_DISK, boot.IMAGE_DISK]
+    if vm.spec.nested is not None:
+        shared.append(boot.NESTED_DISK)
+        _refuse_running_vms(vm)
     manifest = Manifest(
         hardware=hardware(vm.spec, vm.network.tap, vm.network.mac),
-        disks={name: _shared(vm, name) for name in (boot.ROOT_DISK, boot.IMAGE_DISK)},
+        disks={name: _shared(vm, name) for name in shared},
         firecracker=vm.firecracker.api.get("/version")["firecracker_version"],
         host=this_host(),
         created_at=time.time(),
@@ -47,6 +57,25 @@ def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
     )
     took = create.take(vm.layout, str(request["tag"]), vm.firecracker, manifest, vm.volumes.save)
     return {"timings": asdict(took)}
+
+
+def _refuse_running_vms(vm: "Supervisor") -> None:
+    """Raise ConflictError if VMs run in this one.
+
+    Firecracker (1.12) does not save KVM's nested state, so a vCPU of this VM that happens to be running a VM's code when it
+    is paused would go on, in a clone, with that VM's registers as its own.
+    """
+    connect = partial(vsock.connect, vm.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+    request = session.Request(["/bin/sh", "-c", COUNT_VMS], target="vm", cwd="/")
+    output: list[bytes] = []
+    session.stream(connect, request, stdin=None, on_output=lambda _stream, data: output.append(data))
+    count = int(b"".join(output) or b"0")
+    if count:
+        raise ConflictError(
+            f"{count} VM{'s run' if count > 1 else ' runs'} in the VM {vm.spec.name!r}, and Firecracker does not save that "
+            "state: a snapshot would not restore.",
+            hint=f"fcvm exec {vm.spec.name} --vm -- fcvm ls; take snapshots of those VMs inside, stop them, try again",
+        )
 
 
 def _shared(vm: "Supervisor", name: str) -> str:

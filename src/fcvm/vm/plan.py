@@ -18,7 +18,7 @@ ENTROPY = 64  # bytes of the host's randomness for each guest
 
 def message(vm: "Supervisor") -> dict[str, Any]:
     """The ``plan`` message for a VM whose agent waits for one."""
-    plan = Plan(identity(vm), container(vm.spec), network(vm), volumes(vm.spec))
+    plan = Plan(identity(vm), container(vm.spec), network(vm), volumes(vm.spec), nested=vm.spec.nested is not None)
     return {"type": "plan", **plan.to_json()}
 
 

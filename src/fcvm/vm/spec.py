@@ -39,6 +39,7 @@ class RunSpec:
         health_check: ``None`` (the image's HEALTHCHECK or "it runs") or a URL asked in the guest.
         kernel: path of a vmlinux on the user's host; None for the one from setup.
         log_prefix: None: only when stdout is a terminal.
+        nested: path on the user's host of the disk for a VM that runs VMs itself; None for any other VM.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RunSpec:
     volumes: list[Volume] = field(default_factory=list)
     timings: bool = False
     snapshot: bool = True
+    nested: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,7 +18,8 @@ from fcvm.firecracker.process import Firecracker
 from fcvm.images.adopt import adopt
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
-from fcvm.setup.kernel import boot_args
+from fcvm.setup.kernel import NV2_OPTION, boot_args
+from fcvm.snapshots import create
 from fcvm.storage import disks
 from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
@@ -94,6 +95,10 @@ class Boot(Start):
         link(kernel, directory / boot.KERNEL)
         link(self.assets.initrd, directory / boot.INITRD)
         link(adopt(hostpath.resolve(vm.spec.image.path), vm.layout), directory / boot.IMAGE_DISK)
+        if vm.spec.nested is not None:
+            from fcvm.nested import disk
+
+            link(disk.adopt(hostpath.resolve(vm.spec.nested), vm.layout), directory / boot.NESTED_DISK)
         self.scratch(vm)
 
     def scratch(self, vm: "Supervisor") -> None:
@@ -108,15 +113,29 @@ class Boot(Start):
     def go(self, vm: "Supervisor") -> None:
         """Configure it and start the kernel."""
         vm.timings.mark("spawn")
-        boot.configure(vm.firecracker.api, hardware(vm.spec, vm.network.tap, vm.network.mac))
+        shape = hardware(vm.spec, vm.network.tap, vm.network.mac)
+        boot.configure(vm.firecracker.api, shape)
+        if not shape.dirty_tracking:
+            create.relative_to(vm.directory, None)
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
 
 
 def hardware(spec: RunSpec, tap: str | None, mac: str | None) -> boot.Hardware:
     """What shapes the VM of ``spec`` before it boots."""
-    arguments = boot_args(emulated=host.emulated(), role="vm")
-    return boot.Hardware(cpu=spec.cpu, memory=spec.memory, boot_args=arguments, tap=tap, mac=mac)
+    nested = spec.nested is not None
+    arguments = boot_args(
+        emulated=host.emulated(), role="vm", nested=nested, nv2=NV2_OPTION in spec.firecracker_args
+    )
+    return boot.Hardware(
+        cpu=spec.cpu,
+        memory=spec.memory,
+        boot_args=arguments,
+        tap=tap,
+        mac=mac,
+        nested=nested,
+        dirty_tracking=not host.deep(),  # there, a fault for every page of 4 KiB makes the boot four times as long
+    )
 
 
 def link(target: Path, name: Path) -> None:
