@@ -12,7 +12,7 @@ from fcvm import config, host, setup
 from fcvm.storage.layout import Layout
 
 ROOT = Path(__file__).parent.parent
-BENCHES = ("start", "run", "clones", "network", "volumes")
+BENCHES = ("start", "run", "clones", "network", "volumes", "nested")
 WHERE_VMS_ARE = ("run",)
 
 

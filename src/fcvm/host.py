@@ -157,6 +157,11 @@ def deep() -> bool:
     return emulated() and "fcvm.role=vm" in _read(Path("/proc/cmdline")).split()
 
 
+def patience(seconds: float) -> float:
+    """A limit for what takes ``seconds`` at most in a VM of an ordinary or emulated host: more below the machine."""
+    return seconds * 6 if deep() else seconds
+
+
 def hypervisor() -> str:
     """The hypervisor's CPUID signature, such as ``"KVMKVMKVM"``; empty on bare metal and other CPUs than x86-64."""
     if "hypervisor" not in cpu_flags() or os.uname().machine != "x86_64":

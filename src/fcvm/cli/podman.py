@@ -165,6 +165,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         raise NotFoundError(
             f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux"
         )
+    mapped = volumes.parse_all(args.map)
     default_memory = config.mem * (profile.DEFAULT_MEMORY if args.inception else 1)
     name = state.check_name(args.name) if args.name is not None else f"vm-{state.new_id()[:8]}"
     if args.cmd is not None:
@@ -198,7 +199,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "publish": args.publish,
         "forward_localhost": args.forward_localhost,
         "dns": args.dns,
-        "volumes": volumes.parse_all(args.map),
+        "volumes": profile.with_images(mapped, context.layout) if args.inception else mapped,
         "snapshot": not args.no_snapshot,
         "timings": args.timings,
     }

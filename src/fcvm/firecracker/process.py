@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from fcvm import host
 from fcvm.errors import FirecrackerError
 from fcvm.firecracker.api import Api
 from fcvm.linux import inotify
@@ -22,6 +23,7 @@ API_SOCKET = "firecracker.sock"
 VSOCK = "vsock.sock"
 CONSOLE = "console.log"
 CONSOLE_LIMIT = 4 << 20  # bytes kept, twice: the current file and the one before
+API_TIMEOUT = 60.0  # seconds for one call
 START_TIMEOUT = 60.0  # seconds until the API answers; natively it takes under one millisecond
 
 
@@ -75,7 +77,7 @@ class Firecracker:
             self.console.follow(read)
             try:
                 while not (directory / API_SOCKET).exists():
-                    if not creations.wait(timeout=START_TIMEOUT, unless=self.pidfd):
+                    if not creations.wait(timeout=host.patience(START_TIMEOUT), unless=self.pidfd):
                         raise self._not_started()
                 self.api = self._connect()
             except BaseException:
@@ -85,7 +87,7 @@ class Firecracker:
     def _connect(self) -> Api:
         while True:  # the socket's file appears at bind(2); connections are refused until listen(2), microseconds later
             try:
-                return Api(self.directory / API_SOCKET)
+                return Api(self.directory / API_SOCKET, timeout=host.patience(API_TIMEOUT))
             except ConnectionRefusedError:
                 if self.ended():
                     raise self._not_started() from None

@@ -58,7 +58,7 @@ def command(spec: Spec, program: str) -> list[str]:
         ("-name", "fcvm-machine,process=fcvm-machine"),
         ("-machine", "q35,memory-backend=memory,usb=off,vmport=off"),
         ("-accel", "tcg,thread=multi,tb-size=256"),
-        ("-cpu", "EPYC,svm=on,+arat"),
+        ("-cpu", "EPYC,svm=on,+arat,+vgif"),
         ("-smp", str(spec.cpus)),
         ("-m", f"{spec.memory}M"),
         ("-object", f"memory-backend-memfd,id=memory,size={spec.memory}M,share=on"),

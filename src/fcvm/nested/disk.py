@@ -20,6 +20,7 @@ from pathlib import Path
 from fcvm.errors import HostError
 from fcvm.linux import files
 from fcvm.machine.sync import SOURCES, code_files
+from fcvm.nested.profile import FURTHER
 from fcvm.process import run
 from fcvm.setup import assets as setup_assets
 from fcvm.setup import bytecode, keys, workspace
@@ -33,7 +34,6 @@ KEPT = 2  # disks: one for each version of what is on them
 # In the guest.
 PLACE = Path("/opt/fcvm")
 BASE = Path("/scratch/fcvm")
-HOST_BASE = Path("/mnt/fcvm-btrfs")  # where the host's images are mapped
 ROOT_DEVICE = "/dev/vda"
 OWN_DEVICE = "/dev/vdd"
 
@@ -133,7 +133,7 @@ def furnish(tree: Path, assets: Assets, name: str) -> None:
     environment = {
         "FCVM_BASE_DIR": str(BASE),
         setup_assets.OVERRIDE: str(PLACE / "assets.json"),
-        "FCVM_FURTHER_IMAGES": str(HOST_BASE),
+        "FCVM_FURTHER_IMAGES": str(FURTHER),
         "FCVM_MACHINE": "never",
     }
     (tree / "fcvm").write_text(COMMAND.format(environment=environment, code=str(PLACE / "code")))

@@ -7,14 +7,18 @@ Linux 6.18 or later on both sides.
 
 import os
 import re
+from pathlib import Path
 
 from fcvm import host
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
 from fcvm.setup import index
 from fcvm.setup.kernel import NV2_OPTION
+from fcvm.storage.layout import Layout
+from fcvm.volumes.spec import Volume
 
 ARM_KERNEL = (6, 18)
+FURTHER = Path("/mnt/fcvm-btrfs")  # in the VM: a data directory of the host's, or at least its images
 DEFAULT_MEMORY = 3  # times that of other VMs: room for one inside, and for the system around it
 
 
@@ -63,6 +67,14 @@ def check(config: Config, kernel: str | None, kernel_version: str, words: list[s
             f"The kernel of the profile {config.kernel_profile} has no KVM.",
             hint="FCVM_KERNEL_PROFILE=debian, or --kernel FILE with one that has KVM built in",
         )
+
+
+def with_images(volumes: list[Volume], layout: Layout) -> list[Volume]:
+    """``volumes``, and this host's images where fcvm in the VM looks for more, unless the user has mapped something there."""
+    place = FURTHER / "images"
+    if any(place.is_relative_to(volume.guest) or Path(volume.guest).is_relative_to(place) for volume in volumes):
+        return volumes
+    return [*volumes, Volume(os.path.realpath(layout.images), str(place), read_only=True)]
 
 
 def require_nesting() -> None:

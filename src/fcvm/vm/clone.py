@@ -90,7 +90,7 @@ class Clone(Start):
 
     @property
     def timeout(self) -> float:
-        return RESTORE_TIMEOUT
+        return host.patience(RESTORE_TIMEOUT)
 
     def another(self) -> "Clone | None":
         """Load it once more: under emulation a vCPU of a restored guest may never wake up."""

@@ -45,7 +45,7 @@ class Start(ABC):
     @property
     def timeout(self) -> float:
         """Seconds until the agent says hello; under emulation beside other work a boot takes up to a minute."""
-        return 300.0
+        return host.patience(300.0)
 
     @property
     def captures(self) -> bool:
