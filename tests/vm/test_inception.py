@@ -5,6 +5,7 @@ import re
 import secrets
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,18 @@ SERVER = "echo Hello from inception; exec httpd -f -p 80 -h /www"
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[str]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the host that is mapped through both VMs."""
+    directory = tmp_path_factory.mktemp("shared")
+    (directory / "word").write_text("from the host")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def outer(shared: Path) -> Iterator[str]:
     """A VM that can run VMs, its port 8080 published."""
     name = f"test-{secrets.token_hex(4)}"
-    options = ["--inception", "--privileged", "--cpu", "1", "--mem", "2g", "-p", "127.0.0.1::8080"]
+    options = ["--inception", "--privileged", "--cpu", "1", "--mem", "2g", "-p", "127.0.0.1::8080", "--map", f"{shared}:/shared"]
     ok("podman", "run", "-d", "--name", name, *options, DEMO, "--", "sleep", "100000", timeout=PATIENCE)
     try:
         yield name
@@ -30,7 +39,7 @@ def outer() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def inner(outer: str) -> str:
     """A web server in a VM in ``outer``, published there; returns ``outer``'s name, with which it ends."""
-    options = ["--cpu", "1", "--mem", "320", "-p", "8080:80"]
+    options = ["--cpu", "1", "--mem", "320", "-p", "8080:80", "--map", "/shared:/shared"]
     inside(outer, "podman", "run", "-d", "--name", INNER, *options, DEMO, "--", "sh", "-c", SERVER)
     return outer
 
@@ -66,6 +75,12 @@ def test_a_port_of_an_inner_vm_reaches_the_host(inner: str) -> None:
     port = network["ports"][0]["host_port"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as answer:
         assert answer.status == 200
+
+
+def test_a_directory_of_the_host_reaches_an_inner_container(inner: str, shared: Path) -> None:
+    script = "cat /shared/word; echo from the inside > /shared/answer"
+    assert inside(inner, "exec", INNER, "--", "sh", "-c", script) == b"from the host"
+    assert (shared / "answer").read_text() == "from the inside\n"
 
 
 def test_an_outer_vm_with_one_inside_has_no_snapshot(inner: str) -> None:
