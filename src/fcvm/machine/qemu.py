@@ -3,8 +3,8 @@
 The choices, measured on a host without KVM:
 
 - ``-cpu EPYC,svm=on``: an emulated SVM, so the machine's own kernel has a real /dev/kvm with nested paging. QEMU 10 is
-  needed: 7.2 gets XSAVE of nested guests wrong. ``+arat`` takes an idle machine from 1.6 % of a CPU to 0.2 %;
-  ``+vgif`` saves VMs that run VMs a third of their exits (KVM leaves STGI and CLGI to the CPU then).
+  needed: 7.2 gets XSAVE of nested guests wrong. ``+arat`` takes an idle machine from 1.6 % of a CPU to 0.2 %.
+  ``+vgif`` would save VMs that run VMs a third of their exits, but one of the machine's CPUs then fell asleep for good.
 - ``tb-size=256``: MiB of translated code; the default grows to 800 MB, 64 thrashes.
 - The memory is a shared memory file, because the keeper serves two devices itself, the host's files (``hostfs.py``) and
   connections (``vsock.py``), and reads requests straight from it.
@@ -59,7 +59,7 @@ def command(spec: Spec, program: str) -> list[str]:
         ("-name", "fcvm-machine,process=fcvm-machine"),
         ("-machine", "q35,memory-backend=memory,usb=off,vmport=off"),
         ("-accel", "tcg,thread=multi,tb-size=256"),
-        ("-cpu", "EPYC,svm=on,+arat,+vgif"),
+        ("-cpu", "EPYC,svm=on,+arat"),
         ("-smp", str(spec.cpus)),
         ("-m", f"{spec.memory}M"),
         ("-object", f"memory-backend-memfd,id=memory,size={spec.memory}M,share=on"),
