@@ -12,6 +12,8 @@ import pytest
 from vm.conftest import DEMO, fcvm, ok, vm
 
 PATIENCE = 1500  # seconds for anything inside; beside other work an emulated inner VM takes several minutes
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
+
 INNER = "inner"
 SERVER = "echo Hello from inception; exec httpd -f -p 80 -h /www"
 
