@@ -82,6 +82,7 @@ class Supervisor:
         self._deadline: float | None = None
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
         self._killing = False
+        self._stop_sent = False
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
     @property
@@ -237,10 +238,10 @@ class Supervisor:
         if self._exit is not None:  # stopped, but somebody does not read our output
             self._streams_ended = True
             return
-        if self._phase not in ("starting", "restored"):
+        if self._stop_sent:  # and not obeyed
             self._kill()
             return
-        another = self._start.another()
+        another = self._start.another() if self._phase in ("starting", "restored") else None
         if another is None:
             raise GuestError(
                 f"The guest did not start within {self._start.timeout:g} seconds.{self.firecracker.console.quote()}",
@@ -289,6 +290,7 @@ class Supervisor:
             self.timings.mark("kernel and agent")
             if self._phase == "starting" and self._start.captures:
                 self._phase = "warming"
+                self._deadline = time.monotonic() + self._start.timeout
                 self.control.send({"type": "warm"})
             elif self._phase != "warming":
                 self._send_plan()
@@ -381,6 +383,7 @@ class Supervisor:
         timeout = self.spec.stop_timeout if timeout is None else timeout
         self.entry.update(status="stopping")
         self.control.send({"type": "stop", "timeout": timeout})
+        self._stop_sent = True
         self._deadline = time.monotonic() + timeout + STOP_MARGIN
 
     def _kill(self) -> None:
