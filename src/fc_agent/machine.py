@@ -80,6 +80,7 @@ def _agent() -> int:
         control.phase("modules")
         for program in loading:
             program.wait()
+        firewall = system.start_firewall(configuration)
         system.devices()
         control.phase("disk")
         system.data_disk(DATA_DISK, DATA, configuration.get("user"))
@@ -87,6 +88,7 @@ def _agent() -> int:
         user = configuration.get("user")
         if user:
             system.add_user(user)
+        firewall.wait()
         os.makedirs(RUN, exist_ok=True)
         ports = Ports(f"{RUN}/ports.sock", control.send)
         sessions = Sessions()

@@ -1,9 +1,9 @@
 """Publishes ports of VMs in the machine on the host's own addresses.
 
 A process in the machine connects to the Unix socket ``ports.sock`` and sends one JSON line, ``{"ports": [{"protocol":
-"tcp"|"udp", "host_ip": "0.0.0.0", "host_port": 8080, "port": 8080}, ...]}``: what arrives at the host's ``host_port`` (0:
+"tcp"|"udp", "host_ip": "" (all), "host_port": 8080, "port": 8080}, ...]}``: what arrives at the host's ``host_port`` (0:
 any free one) goes to ``port`` of the machine's eth0. The answer is one JSON line, ``{"ports": [8080, ...]}`` with the
-host's ports or ``{"error": ...}``. The ports stay published while the connection is open, so they go with the VM's
+host's ports or ``{"error": ..., "hint": ...}``. The ports stay published while the connection is open, so they go with the VM's
 supervisor however it ends.
 """
 
@@ -90,7 +90,7 @@ class Ports:
         if client is None:
             return  # it went away meanwhile, and its ports with it
         if "error" in message:
-            client.reply({"error": message["error"]})
+            client.reply({"error": message["error"], "hint": message.get("hint")})
             self._withdraw(client)
             return
         client.host_ports[message["id"]] = message["host_port"]

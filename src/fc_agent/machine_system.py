@@ -23,6 +23,7 @@ MNT_DETACH = 2
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
 IFF_UP, RTF_UP, RTF_GATEWAY = 1, 1, 2
 
+LOOPBACK_PRIORITY = 6  # SO_PRIORITY of sockets that may connect to the host's loopback; up to 6 needs no rights
 RB_POWER_OFF = 0x4321FEDC  # <linux/reboot.h>
 
 # <linux/btrfs_tree.h>: the superblock and its first copy; the magic is at byte 64 of each.
@@ -86,6 +87,28 @@ def network(configuration: dict[str, Any]) -> None:
     linux.write("/proc/sys/net/ipv4/ip_forward", "1")
     # A published port arrives on eth0, whatever address its listener has; see machine_ports.py.
     linux.write("/proc/sys/net/ipv4/conf/all/route_localnet", "1")
+
+
+def start_firewall(configuration: dict[str, Any]) -> Program:
+    """Have VMs reach no more of the host than they would without a machine; needs nf_tables.
+
+    QEMU's gateway leads to the host's loopback, and this system's own addresses to ports that the user may have published on
+    the host's loopback only. VMs reach published ports and other services of the host at the host's own addresses. Our own
+    sockets for ``--forward-localhost`` are told by their priority (``fcvm/machine/inside.py``), which no packet carries.
+    """
+    gateway, priority = configuration["gateway"], LOOPBACK_PRIORITY
+    return start("nft", f"""table ip machine {{
+        chain prerouting {{
+            type filter hook prerouting priority mangle
+            iifname "fcvm*" fib daddr type local ct state new reject
+            iifname "fcvm*" ip daddr {gateway} ct state new reject
+        }}
+        chain output {{
+            type filter hook output priority mangle
+            ip daddr != 127.0.0.0/8 fib daddr type local ct state new reject
+            ip daddr {gateway} meta priority != 0:{priority} ct state new reject
+        }}
+    }}""")
 
 
 def _ioctl_address(control: socket.socket, request: int, name: str, address: bytes) -> None:

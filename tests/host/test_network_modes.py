@@ -1,5 +1,6 @@
 """What is true of a network in both modes, with real traffic between namespaces: host, another host, guest."""
 
+import queue
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import pytest
 from network_world import HOST_IP, LAN_IP, LAN_IP6, FakeGuest, World, needs_root, question
 
 from fcvm.errors import ConflictError, NetworkError
-from fcvm.network import attach, spec
+from fcvm.network import attach, refusals, spec
 from fcvm.network.attach import Network
 from fcvm.network.publish import parse
 
@@ -137,6 +138,25 @@ def test_a_closed_port_of_the_guest_is_refused(world: World, start: Start) -> No
     network, _ = start("80")
     with pytest.raises(OSError, match=r"refused|reset|not connected|Broken pipe"):
         world.host.ask("127.0.0.1", port_of(network))
+
+
+def test_a_refusal_of_a_published_port_is_noticed(
+    world: World, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "SETTLE", 0.05)
+    monkeypatch.setattr(refusals, "PAUSE", 0.05)
+    network, guest = start("80,81,53/udp")
+    refused: queue.Queue[frozenset[int]] = queue.Queue()
+    network.on_refused = refused.put
+    server = world.server(guest, "guest", "127.0.0.1", 80)
+    world.server(guest, "guest", "0.0.0.0", 81)
+    assert world.host.ask("127.0.0.1", port_of(network, 1)).startswith(b"guest ")
+    with pytest.raises(OSError, match=r"refused|reset|not connected|Broken pipe"):
+        world.host.ask("127.0.0.1", port_of(network))
+    assert refused.get(timeout=20) == {80}
+    server.close()
+    assert not guest.reachable(LAN_IP, 9)  # refused as well, but by another host
+    assert refused.empty()
 
 
 def test_the_guest_reaches_itself_through_its_port(world: World, start: Start) -> None:

@@ -91,11 +91,11 @@ def test_all_or_none(agent: Agent, tmp_path: Path) -> None:
     agent.asked.get(timeout=60)
     agent.asked.get(timeout=60)
     agent.answer({"type": "published", "id": 1, "host_port": 80})
-    agent.answer({"type": "published", "id": 2, "error": "Port 81 is taken."})
+    agent.answer({"type": "published", "id": 2, "error": "Port 81 is taken.", "hint": "-p 80"})
     error = result.get(timeout=60)
     assert isinstance(error, ConflictError)
     assert error.message == "Port 81 is taken."
-    assert error.hint
+    assert error.hint == "-p 80"
     assert [agent.asked.get(timeout=60)["id"] for _ in range(2)] == [1, 2]
     assert agent.asked.empty()
 

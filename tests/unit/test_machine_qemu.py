@@ -1,6 +1,7 @@
 """QEMU's command line and monitor; the monitor is a real QEMU's, with no machine in it."""
 
 import contextlib
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from fcvm import process
-from fcvm.errors import ConflictError, HostError, MachineError
+from fcvm.errors import ConflictError, HostError, MachineError, NetworkError
 from fcvm.machine import qemu
+from fcvm.machine.ports import Ports
 from fcvm.machine.qmp import Monitor
+from fcvm.network.ports import reserve
+from fcvm.network.publish import Publish
 
 SPEC = qemu.Spec(
     cpus=3,
@@ -131,15 +135,60 @@ def test_a_port_on_all_addresses(monitor: Monitor) -> None:
     assert monitor.forwards() == []
 
 
-def test_taken_ports_and_foreign_addresses(monitor: Monitor) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConflictError, match="Address already in use"):
-            monitor.forward("tcp", "127.0.0.1", port, "10.0.2.15", 80)
-    for number in (0, 8080):
-        with pytest.raises(ConflictError, match=r"203\.0\.113\.1"):
-            monitor.forward("tcp", "203.0.113.1", number, "10.0.2.15", 80)
+@pytest.fixture
+def ports(monitor: Monitor) -> Iterator[Ports]:
+    made = Ports(monitor)
+    yield made
+    made.close()
+
+
+def connects(ip: str, port: int) -> bool:
+    try:
+        socket.create_connection((ip, port), timeout=60).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host_ip", "reached", "closed"),
+    [
+        ("", ["127.0.0.1", "127.0.0.2", "::1"], []),
+        ("127.0.0.1", ["127.0.0.1"], ["127.0.0.2", "::1"]),
+        ("::1", ["::1"], ["127.0.0.1"]),
+    ],
+)
+def test_ports_are_published_in_both_families(
+    ports: Ports, monitor: Monitor, host_ip: str, reached: list[str], closed: list[str]
+) -> None:
+    port = ports.publish(1, Publish(host_ip, 0, 80))
+    assert [ip for ip in reached if not connects(ip, port)] == []
+    assert [ip for ip in closed if connects(ip, port)] == []
+    ports.withdraw(1)
+    ports.withdraw(1)  # nothing is left to do
     assert monitor.forwards() == []
+    reserve([Publish(host_ip, port, 80)])[0].close()
+
+
+def test_udp_is_published_in_both_families(ports: Ports, monitor: Monitor) -> None:
+    port = ports.publish(1, Publish("", 0, 53, "udp"))
+    assert [(protocol, host_port) for protocol, _, host_port, _ in monitor.forwards()] == [("udp", port)]
+    with pytest.raises(ConflictError, match="in use"):
+        reserve([Publish("::1", port, 53, "udp")])
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_taken_port_is_told_with_its_owner(ports: Ports, monitor: Monitor, family: int) -> None:
+    with socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConflictError, match=rf"Port {port}/tcp is in use by .*pid {os.getpid()}"):
+            ports.publish(1, Publish("", port, 80))
+    assert monitor.forwards() == []
+
+
+def test_a_foreign_address(ports: Ports) -> None:
+    with pytest.raises(NetworkError, match=r"203\.0\.113\.1"):
+        ports.publish(1, Publish("203.0.113.1", 0, 80))
 
 
 def test_a_dead_qemu_is_an_error() -> None:

@@ -62,7 +62,8 @@ def _row(record: state.Record) -> tuple[str, ...]:
 def _port(port: dict[str, Any]) -> str:
     host = f"{port['host_ip']}:" if port.get("host_ip") else ""
     protocol = "/udp" if port.get("protocol") == "udp" else ""
-    return f"{host}{port.get('host_port')}->{port.get('guest_port')}{protocol}"
+    note = " (loopback only)" if port.get("loopback_only") else ""
+    return f"{host}{port.get('host_port')}->{port.get('guest_port')}{protocol}{note}"
 
 
 def age(seconds: float) -> str:

@@ -14,9 +14,10 @@ from fcvm.agent.session import FORWARDED, Exit, Request, stream
 from fcvm.config import Config
 from fcvm.errors import AgentError, FcvmError, MachineError
 from fcvm.linux import sockets
-from fcvm.machine import state
+from fcvm.machine import inside, state
 from fcvm.machine.state import Places
 from fcvm.machine.sync import BASE, HOST, Plan, plan, synced
+from fcvm.network import host
 from fcvm.setup.assets import Assets, find
 from fcvm.storage.layout import Layout
 
@@ -80,6 +81,7 @@ def environment(wanted: Plan) -> dict[str, str]:
     env["FCVM_HOST_ROOT"] = str(HOST)
     env["FCVM_BASE_DIR"] = str(BASE)
     env["FCVM_ASSETS"] = str(wanted.assets)
+    env[inside.HOST_ADDRESS] = str(host.address() or "")
     if os.geteuid() != 0:
         env["XDG_RUNTIME_DIR"] = f"/run/user/{os.geteuid()}"
     return env

@@ -1,4 +1,7 @@
-"""For code that runs in the machine: what it has to ask the host for.
+"""For code that runs in the machine: how it reaches the host, and what it has to ask the host for.
+
+The loopback of the user's host is behind QEMU's gateway, for sockets of ``HOST_LOOPBACK``'s priority only: the machine's
+firewall (``fc_agent/machine_system.py``) keeps VMs from it. The host's other addresses are reached like any others.
 
 A port that a VM publishes in the machine is reachable in the machine only. ``publish`` asks the host's keeper, by way of
 the machine's agent (``fc_agent/machine_ports.py``), to listen on the host and pass connections on. What is published
@@ -6,21 +9,30 @@ lives as long as the returned object's connection, so as long as the process tha
 """
 
 import json
+import os
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
 
+from fc_agent.machine_system import LOOPBACK_PRIORITY
 from fcvm.errors import ConflictError, MachineError
+from fcvm.machine import qemu
+from fcvm.network.spec import Loopback
 
+HOST_ADDRESS = "FCVM_HOST_ADDRESS"  # of the environment: the host's own address, as it was when the command began
+HOST_LOOPBACK = Loopback((qemu.GATEWAY,), priority=LOOPBACK_PRIORITY)
 PORTS_SOCKET = Path("/run/fcvm/ports.sock")
 ANSWER_TIME = 60.0  # seconds; the host may be busy
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """What arrives at ``host_ip:host_port`` of the user's host (port 0: any free one) goes to ``port`` of the machine.
+    """What arrives at ``host_ip:host_port`` of the user's host goes to ``port`` of the machine.
+
+    ``host_ip`` is empty for every address of the host, ``host_port`` 0 for any free one.
 
     The machine's listener must accept what comes to the machine's own address: 0.0.0.0, whatever ``host_ip`` says.
     """
@@ -34,6 +46,12 @@ class Port:
 def here() -> bool:
     """Whether this process runs in a machine."""
     return PORTS_SOCKET.exists()
+
+
+def host_address() -> IPv4Address | None:
+    """The user's host's own address; None if it has none but those of its loopback."""
+    text = os.environ.get(HOST_ADDRESS)
+    return IPv4Address(text) if text else None
 
 
 class Published:
@@ -57,7 +75,7 @@ def publish(ports: Iterable[Port], path: Path = PORTS_SOCKET) -> Published:
     """Publish ``ports`` on the user's host, all or none.
 
     Raises:
-        ConflictError: one is taken there, or the host has no such address.
+        ConflictError: one is taken there, needs rights that the user does not have, or the host has no such address.
         MachineError: the machine's agent does not answer.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -71,7 +89,7 @@ def publish(ports: Iterable[Port], path: Path = PORTS_SOCKET) -> Published:
         except (OSError, ValueError) as error:
             raise MachineError(f"The machine's agent does not publish ports: {error}.") from error
         if "error" in answer:
-            raise ConflictError(answer["error"], hint="publish another port, or none for any free one: -p 80")
+            raise ConflictError(answer["error"], hint=answer.get("hint"))
         connection.settimeout(None)
         return Published(connection, answer["ports"])
     except BaseException:

@@ -28,9 +28,11 @@ from fcvm import process
 from fcvm.errors import FcvmError, HostError, MachineError
 from fcvm.linux import sockets
 from fcvm.machine import hostfs, qemu, state
+from fcvm.machine.ports import Ports
 from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
 from fcvm.machine.vsock import Vsock
+from fcvm.network.publish import Publish
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
@@ -106,7 +108,6 @@ class Keeper:
             "starting", pid=os.getpid(), since=time.time(), cpus=job.cpus, memory=job.memory, disk=job.disk, boot=job.boot
         )
         self._buffer = b""
-        self._published: dict[int, tuple[str, str, int]] = {}
 
     def run(self) -> int:
         """Start the machine, keep it, end it. Returns the exit code."""
@@ -207,7 +208,8 @@ class Keeper:
             theirs.close()
         self._qemu_fd = os.pidfd_open(self._qemu.pid)
         self._state = replace(self._state, qemu_pid=self._qemu.pid)
-        self._monitor = Monitor(monitor)
+        self._ports = Ports(Monitor(monitor))
+        stack.callback(self._ports.close)
         vsock = Vsock(connections, sockets.listen(self._places.session), SESSION_PORT)
         for name, serve in (("hostfs", lambda: hostfs.serve_host(files)), ("vsock", vsock.serve)):
             threading.Thread(target=self._serve_device, args=(name, serve), daemon=True, name=name).start()
@@ -300,16 +302,14 @@ class Keeper:
         number = int(message.get("id", 0))
         if message["type"] == "publish":
             answer: dict[str, Any] = {"type": "published", "id": number}
-            where = (str(message["protocol"]), str(message["host_ip"]), int(message["host_port"]))
+            wanted = Publish(message["host_ip"], message["host_port"], message["port"], message["protocol"])
             try:
-                port = self._monitor.forward(*where, qemu.ADDRESS, int(message["port"]))
-                self._published[number] = (where[0], where[1], port)
-                answer["host_port"] = port
+                answer["host_port"] = self._ports.publish(number, wanted)
             except FcvmError as error:
-                answer["error"] = error.message
+                answer |= {"error": error.message, "hint": error.hint}
             self._send(answer)
-        elif message["type"] == "unpublish" and number in self._published:
-            self._monitor.cancel(*self._published.pop(number))
+        elif message["type"] == "unpublish":
+            self._ports.withdraw(number)
 
     def _set_clock(self) -> None:
         self._send({"type": "time", "seconds": time.time()})

@@ -61,16 +61,13 @@ class Monitor:
             host_port: 0 takes a free one.
 
         Raises:
-            ConflictError: the port is taken on the host, or not ours to take, or the host has no such address.
+            ConflictError: QEMU cannot have it; ``ports.py`` has seen why before.
         """
         where = f"{host_ip or '0.0.0.0'}:{host_port}/{protocol}"
         port = host_port or free_port(protocol, host_ip)
         answer = self._human(f"hostfwd_add net {protocol}:{host_ip}:{port}-{guest_ip}:{guest_port}")
         if answer:
-            raise ConflictError(
-                f"Port {where} cannot be published: {_reason(protocol, host_ip, port) or answer}.",
-                hint="publish another port, or port 0 for any free one",
-            )
+            raise ConflictError(f"Port {where} cannot be published: {answer}.", hint="publish another port")
         return port
 
     def cancel(self, protocol: str, host_ip: str, host_port: int) -> None:
@@ -98,16 +95,3 @@ def free_port(protocol: str, host_ip: str) -> int:
         except OSError as error:
             raise ConflictError(f"No port can be published on {host_ip}: {error.strerror}.") from error
         return int(probe.getsockname()[1])
-
-
-def _reason(protocol: str, host_ip: str, port: int) -> str | None:
-    """Why a port cannot be taken; QEMU does not say."""
-    with _socket(protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host_ip, port))
-            if protocol == "tcp":
-                probe.listen(1)
-        except OSError as error:
-            return error.strerror
-    return None

@@ -7,13 +7,13 @@ with create(spec, vm_id, directory) as network:
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from fcvm.linux.namespaces import Namespace
-from fcvm.network import dns, guest, ports, relay, resolver
+from fcvm.network import dns, guest, ports, refusals, relay, resolver
 from fcvm.network.guest import Guest
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
@@ -53,6 +53,7 @@ class Network:
         mac: the guest's MAC address, the same for every VM.
         guest: what the agent is to configure.
         watch: fds that become readable when the network has died, each with what to say then.
+        on_refused: called by another thread with published TCP ports at which the guest refused a connection, now and then.
     """
 
     tap = guest.TAP
@@ -61,6 +62,7 @@ class Network:
     def __init__(self, spec: NetworkSpec, backend: Backend, loop: Loop, published: Sequence[Publish]) -> None:
         self.spec = spec
         self.watch = backend.watch
+        self.on_refused: Callable[[frozenset[int]], None] = lambda ports: None
         settings = resolver.read()
         self.guest: Guest = guest.guest(
             mtu=backend.mtu, search=settings.search, options=settings.options, ipv6=backend.ipv6
@@ -101,6 +103,12 @@ class Network:
             undo.pop_all()
         self._published += published
         return published
+
+    def refused(self, ports: frozenset[int]) -> None:
+        """The guest has refused connections to these ports."""
+        published = ports & {publish.guest_port for publish in self._published if publish.protocol == "tcp"}
+        if published:
+            self.on_refused(published)
 
     def describe(self) -> dict[str, Any]:
         """The network as ``fcvm ls --json`` shows it."""
@@ -148,7 +156,7 @@ def create(spec: NetworkSpec, vm_id: str, directory: Path) -> Network:
         loop = Loop()
         undo.callback(loop.close)
         network = Network(spec, backend, loop, published)
-        _serve(loop, spec, backend)
+        _serve(loop, spec, backend, network.refused)
         backend.serve(early, loop)
         backend.attend(loop)
         if spec.mode != "none":
@@ -177,14 +185,16 @@ def _backend(spec: NetworkSpec, vm_id: str, directory: Path, published: Sequence
             yield backend
 
 
-def _serve(loop: Loop, spec: NetworkSpec, backend: Backend) -> None:
+def _serve(loop: Loop, spec: NetworkSpec, backend: Backend, refused: Callable[[frozenset[int]], None]) -> None:
     """Answer the guest's DNS and its connections to forwarded ports, on the sockets that were opened in the namespace."""
     if not backend.sockets:
         return
-    udp, tcp, *forwarded = backend.sockets
+    packets, udp, tcp, *forwarded = backend.sockets
+    refusals.watch(loop, packets, refused)
     dns.forward(loop, udp, tcp, resolver.Upstreams(spec.dns))
     for port, sock in zip(spec.forward_localhost, forwarded, strict=True):
-        relay.start(loop, sock, [relay.target(ip, port.number) for ip in ("127.0.0.1", "::1")])
+        targets = [relay.target(ip, port.number) for ip in spec.loopback.addresses]
+        relay.start(loop, sock, targets, priority=spec.loopback.priority)
 
 
 def sweep() -> None:

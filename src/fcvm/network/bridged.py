@@ -133,7 +133,7 @@ def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: E
         tap.create(guest.TAP)
         with rtnetlink.open_socket() as own:
             chosen.append(_connect(own, outside, candidates(route, vm_id), mtu))
-        uplink = _uplink(chosen[0], mtu, ipv6=way_out6 is not None)
+        uplink = _uplink(chosen[0], spec, mtu, ipv6=way_out6 is not None)
         inner.configure(uplink)
         inner.translate(uplink, spec.forward_localhost, _public(published))
         return inner.listen(spec.forward_localhost)
@@ -177,11 +177,11 @@ def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: E
     return up
 
 
-def _uplink(subnet: Subnet, mtu: int, *, ipv6: bool) -> Uplink:
+def _uplink(subnet: Subnet, spec: NetworkSpec, mtu: int, *, ipv6: bool) -> Uplink:
     return Uplink(
         address=subnet.inner,
         gateway=subnet.host.ip,
-        host=subnet.host.ip,
+        host=spec.host or subnet.host.ip,
         trusted=subnet.host.ip,
         mtu=mtu,
         address6=subnet.inner6 if ipv6 else None,

@@ -20,7 +20,7 @@ from pathlib import Path
 from fcvm.linux import netlink, nft, rtnetlink
 from fcvm.linux.netlink import Message
 from fcvm.linux.rtnetlink import DEVCONF_FORWARDING
-from fcvm.network import guest
+from fcvm.network import guest, refusals
 from fcvm.network.publish import Publish
 from fcvm.network.spec import Port
 
@@ -142,10 +142,12 @@ def _admit(batch: nft.Batch, published: Iterable[Publish]) -> None:
 
 
 def listen(forwarded: Sequence[Port]) -> list[int]:
-    """Sockets that serve the guest: the resolver's UDP and TCP, then one for each forwarded port. In the namespace."""
+    """Sockets that serve the guest: the one that notices refusals, the resolver's UDP and TCP, then one for each forwarded
+    port. In the namespace.
+    """
     wanted = [(guest.RESOLVER, Port(DNS_PORT, "udp")), (guest.RESOLVER, Port(DNS_PORT, "tcp"))]
     wanted += [(guest.GATEWAY, port) for port in forwarded]
-    sockets = []
+    sockets = [refusals.listen()]
     for interface, port in wanted:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM)
         sock.bind((str(interface.ip), port.number))

@@ -30,18 +30,25 @@ def target(ip: str, port: int) -> Target:
     return family, address
 
 
-def start(loop: Loop, listener: socket.socket, targets: list[Target]) -> None:
-    """Relay what arrives at ``listener``, of either kind; a datagram goes to the first target only."""
+def start(loop: Loop, listener: socket.socket, targets: list[Target], *, priority: int | None = None) -> None:
+    """Relay what arrives at ``listener``, of either kind; a datagram goes to the first target only.
+
+    Arguments:
+        priority: SO_PRIORITY of the sockets that lead to the targets.
+    """
     if listener.type == socket.SOCK_STREAM:
-        tcp(loop, listener, lambda: list(targets))
+        tcp(loop, listener, lambda: list(targets), priority=priority)
     else:
-        udp(loop, listener, targets[0])
+        family = targets[0][0]
+        udp(loop, listener, targets[0], lambda: _socket(family, socket.SOCK_DGRAM, priority))
 
 
-def tcp(loop: Loop, listener: socket.socket, targets: Callable[[], list[Target]]) -> None:
+def tcp(
+    loop: Loop, listener: socket.socket, targets: Callable[[], list[Target]], *, priority: int | None = None
+) -> None:
     """Relay every connection that ``listener`` accepts to the first of ``targets()`` that answers.
 
-    Nobody answering resets the connection, as a closed port would.
+    Nobody answering resets the connection, as a closed port would. For ``priority`` see ``start``.
     """
 
     def accept(_: int) -> None:
@@ -56,17 +63,25 @@ def tcp(loop: Loop, listener: socket.socket, targets: Callable[[], list[Target]]
                     loop.after(0.1, lambda: loop.watch(listener, READ, accept))
                 return
             client.setblocking(False)
-            _Connection(loop, client, targets())
+            _Connection(loop, client, targets(), priority)
 
     loop.own(listener).setblocking(False)
     loop.call(lambda: loop.watch(listener, READ, accept))
 
 
+def _socket(family: int, kind: int, priority: int | None) -> socket.socket:
+    sock = socket.socket(family, kind)
+    if priority is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+    return sock
+
+
 class _Connection:
     """A client, its upstream, and what is on the way between them."""
 
-    def __init__(self, loop: Loop, client: socket.socket, targets: list[Target]) -> None:
+    def __init__(self, loop: Loop, client: socket.socket, targets: list[Target], priority: int | None) -> None:
         self._loop = loop
+        self._priority = priority
         self._client = loop.own(client)
         self._upstream = client  # until one is connecting
         self._targets = targets
@@ -78,7 +93,7 @@ class _Connection:
     def _connect(self) -> None:
         while self._targets:
             family, address = self._targets.pop(0)
-            upstream = socket.socket(family, socket.SOCK_STREAM)
+            upstream = _socket(family, socket.SOCK_STREAM, self._priority)
             upstream.setblocking(False)
             if upstream.connect_ex(address) in (0, errno.EINPROGRESS):
                 self._upstream = upstream

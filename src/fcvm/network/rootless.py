@@ -126,7 +126,7 @@ def _set_up(spec: NetworkSpec, directory: Path, undo: ExitStack) -> Rootless:
     uplink = Uplink(
         address=IPv4Interface((network[slirps.ADDRESS], 24)),
         gateway=network[slirps.GATEWAY],
-        host=host.address(),
+        host=spec.host or host.address(),
         trusted=None,
         mtu=slirps.MTU,
         address6=IPv6Interface(slirps.ADDRESS6) if ipv6 else None,

@@ -4,6 +4,7 @@ import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 
 from fcvm.errors import UsageError
 from fcvm.network import publish as publishing
@@ -24,6 +25,14 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class Loopback:
+    """Where the host's loopback is found: addresses in the order to be tried, and the SO_PRIORITY that they ask for."""
+
+    addresses: tuple[str, ...] = ("127.0.0.1", "::1")
+    priority: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkSpec:
     """The network of one VM.
 
@@ -32,12 +41,16 @@ class NetworkSpec:
         publish: ports of the host that lead to the guest.
         forward_localhost: ports of the host's loopback that the guest reaches at host.containers.internal.
         dns: resolvers to ask instead of the host's.
+        loopback: where ``forward_localhost`` leads.
+        host: the address of the user's host, if that is not this system: what host.containers.internal stands for.
     """
 
     mode: str
     publish: tuple[Publish, ...] = ()
     forward_localhost: tuple[Port, ...] = ()
     dns: tuple[str, ...] = ()
+    loopback: Loopback = Loopback()
+    host: IPv4Address | None = None
 
 
 def default_mode() -> str:

@@ -34,6 +34,7 @@ from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
 from fcvm.vm import clone as clones
+from fcvm.vm import network as networks
 from fcvm.vm import rpc, state
 from fcvm.vm.spec import RunSpec
 
@@ -135,7 +136,7 @@ class CloneServer:
             _read_ahead(snapshot)
 
         def network(clone_id: str, place: Path) -> Network:
-            return attach.create(network_spec.parse(self.mode), clone_id, place)
+            return attach.create(networks.placed(network_spec.parse(self.mode)), clone_id, place)
 
         return Kit(
             snapshot=snapshot,

@@ -14,17 +14,22 @@ from fcvm.network import attach, publish
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.network.publish import Publish
+from fcvm.network.spec import NetworkSpec
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
-ANYWHERE = "0.0.0.0"
-
-
 def create(vm: "Supervisor") -> Network:
     """The VM's namespace with its tap; its ports are published where the VMs are."""
-    spec = network_spec.parse(vm.spec.network, (), vm.spec.forward_localhost, vm.spec.dns)
-    return attach.create(replace(spec, publish=ports(vm)), vm.id, vm.directory)
+    wanted = network_spec.parse(vm.spec.network, (), vm.spec.forward_localhost, vm.spec.dns)
+    return attach.create(replace(placed(wanted), publish=ports(vm)), vm.id, vm.directory)
+
+
+def placed(wanted: NetworkSpec) -> NetworkSpec:
+    """``wanted`` with the user's host in the place of this system, where that is the machine."""
+    if not inside.here():
+        return wanted
+    return replace(wanted, loopback=inside.HOST_LOOPBACK, host=inside.host_address())
 
 
 def ports(vm: "Supervisor") -> tuple[Publish, ...]:
@@ -46,7 +51,7 @@ def shown(vm: "Supervisor") -> Iterator[dict[str, Any]]:
         yield described
         return
     asked = [
-        inside.Port(port.protocol, port.host_ip or ANYWHERE, port.host_port, here["host_port"])
+        inside.Port(port.protocol, port.host_ip, port.host_port, here["host_port"])
         for port, here in zip(wanted, described["ports"], strict=True)
     ]
     with inside.publish(asked) as published:

@@ -31,7 +31,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import network, operations, output, paths, plan, rpc, state
+from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, state
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -83,6 +83,7 @@ class Supervisor:
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
         self._killing = False
         self._stop_sent = False
+        self._unreachable: set[int] = set()  # published ports of which the user was told
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
     @property
@@ -177,7 +178,9 @@ class Supervisor:
         self.directory.mkdir(mode=0o700)
         stack.callback(self._leave)
         self.network = stack.enter_context(self._start.network(self))
-        self.entry.update(network=stack.enter_context(network.shown(self)))
+        self._shown = stack.enter_context(network.shown(self))
+        self.entry.update(network=self._shown)
+        self.network.on_refused = self._on_refused
         self.timings.mark("network")
         self._start.disks(self)
         self.timings.mark("disks")
@@ -275,6 +278,27 @@ class Supervisor:
 
     def _on_network_end(self, message: str) -> None:
         raise NetworkError(message)
+
+    def _on_refused(self, ports: frozenset[int]) -> None:
+        """In another thread: the guest refuses connections to published ports. Ask it why; that takes a while."""
+
+        def look() -> None:
+            with contextlib.suppress(AgentError, OSError):  # it is not there yet, or no more
+                found = listeners.on_loopback_only(self.directory, ports)
+                self.ask({"op": "unreachable", "ports": found})
+
+        threading.Thread(target=look, name="listeners", daemon=True).start()
+
+    def _on_unreachable(self, ports: list[int]) -> None:
+        for port in set(ports) - self._unreachable:
+            log.warning(
+                f"Port {port} is published, but what listens on it in {self.spec.name} does so on the loopback only; "
+                "have it listen on 0.0.0.0."
+            )
+        self._unreachable.update(ports)
+        for port in self._shown["ports"]:
+            port["loopback_only"] = port["protocol"] == "tcp" and port["guest_port"] in ports
+        self.entry.update(network=self._shown)
 
     def _on_control(self) -> None:
         for message in self.control.receive():
@@ -376,6 +400,9 @@ class Supervisor:
         self._waiting.clear()
 
     def _carry_out(self, request: dict[str, Any]) -> None:
+        if request["op"] == "unreachable":
+            self._on_unreachable(request["ports"])
+            return
         if request["op"] == "kill" or self._phase == "starting":
             self._kill()
             return
