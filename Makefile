@@ -1,5 +1,6 @@
 # make run     everything from nothing: packages, set-up, a demo image, a container in a microVM
 # make test    all tests; make test-unit, test-host, test-vm one tier
+# make fuzz    hostile messages to the server of --map, for minutes (ARGS="--rounds N --seed N")
 # make bench   measurements; make lint, make packages, make setup, make setup-btrfs, make clean
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 FCVM := $(VENV)/bin/fcvm
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test test-unit test-host test-vm bench lint packages packages-test setup setup-btrfs demo-image clean
+.PHONY: run test test-unit test-host test-vm fuzz bench lint packages packages-test setup setup-btrfs demo-image clean
 
 run: demo-image
 	$(FCVM) podman run --name hello localhost/fcvm-demo -- echo "Hello from a microVM"
@@ -23,6 +24,9 @@ test-host: packages-test $(VENV)/.dev setup
 
 test-vm: packages-test $(VENV)/.dev setup
 	$(VENV)/bin/python tools/tests.py vm
+
+fuzz: $(VENV)/.dev
+	$(VENV)/bin/python tests/fuse_fuzz.py $(ARGS)
 
 bench: packages-test $(VENV)/.dev setup
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -139,7 +139,10 @@ class Attacker:
             length = self.random.choice((0, 1, 39, length + 1, m.MAX_REQUEST + 1, (1 << 32) - 1))
         ids = [self.random.choice((0, 1000, (1 << 32) - 1)) for _ in range(3)]
         extension = self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, 2, 65535))
-        return m.IN_HEADER.pack(length, opcode, self.unique, self.random.choice(self.nodes), *ids, extension, 0) + body
+        quiet = self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, 256, 65535))
+        return (
+            m.IN_HEADER.pack(length, opcode, self.unique, self.random.choice(self.nodes), *ids, extension, quiet) + body
+        )
 
     def learn(self, reply: bytes) -> None:
         """Node ids and handles out of whatever came back, to use them again."""
@@ -156,7 +159,7 @@ def attack(server: Server, attacker: Attacker, count: int) -> int:
     replies = 0
     while count > 0:
         name = f"attack{attacker.random.randrange(1 << 30)}"
-        connected = Client(server, session=name)
+        connected = Client(server, session=name, quiet=attacker.random.random() < 0.5)
         try:
             connected.init()
             connected.sock.settimeout(20)
@@ -170,6 +173,7 @@ def attack(server: Server, attacker: Attacker, count: int) -> int:
                     and m.REQUESTS[opcode].replies
                     and opcode != m.SETLKW
                     and len(message) == message_length(message)
+                    and not message[channel.QUIET_AT]
                 ):
                     continue
                 reply = connected.receive()

@@ -22,7 +22,7 @@ from fuse_pipe.server import Server
 
 SOURCE = Path(__file__).parent.parent / "src"
 CONTROL = Path("/sys/fs/fuse/connections")
-PATIENCE = int(os.environ.get("FUSE_TEST_PATIENCE", "300"))  # seconds that a mount lives at most
+PATIENCE = int(os.environ.get("FUSE_TEST_PATIENCE", "900"))  # seconds that a mount lives at most
 
 
 def spawn(*arguments: str | os.PathLike[str], code: str | None = None) -> "subprocess.Popen[bytes]":
@@ -253,24 +253,37 @@ class Client:
     """Speaks to a server as a relay does, without a kernel."""
 
     def __init__(
-        self, server: Server, session: str = "test", number: int = 0, base: int = 0, received: int = 0
+        self,
+        server: Server,
+        session: str = "test",
+        number: int = 0,
+        base: int = 0,
+        received: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.sock, other = socket.socketpair()
         self.thread = threading.Thread(target=server.connection, args=(other,), daemon=True)
         self.thread.start()
         self.sock.settimeout(60)
         channel.send_hello(
-            self.sock, {"fuse_pipe": 1, "session": session, "channel": number, "base": base, "received": received}
+            self.sock,
+            {
+                "fuse_pipe": 1, "session": session, "channel": number, "base": base, "received": received,
+                "quiet": quiet,
+            },
         )  # fmt: skip
         self.hello = channel.receive_hello(self.sock)
         self.sock.settimeout(60)
         self.reader = channel.Reader(self.sock, m.OUT_HEADER.size, m.MAX_REQUEST)
         self.unique = 2
         self.acks: list[int] = []
+        self.ahead: list[tuple[int, int, bytes]] = []  # ATTRIBUTES, CONTENT and FAILED: code, node, what follows
 
-    def send(self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, **fields: Any) -> int:
+    def send(self, opcode: int, nodeid: int = m.ROOT_ID, /, *tail: bytes, quiet: bool = False, **fields: Any) -> int:
         self.unique += 2
-        self.sock.sendall(m.encode_request(opcode, self.unique, nodeid, *tail, **fields))
+        request = bytearray(m.encode_request(opcode, self.unique, nodeid, *tail, **fields))
+        request[channel.QUIET_AT] = quiet
+        self.sock.sendall(request)
         return self.unique
 
     def receive(self) -> bytes:
@@ -279,6 +292,9 @@ class Client:
                 _, error, unique = m.OUT_HEADER.unpack_from(message)
                 if error == channel.ACK:
                     self.acks.append(unique)
+                    continue
+                if error in (channel.ATTRIBUTES, channel.CONTENT, channel.FAILED):
+                    self.ahead.append((error, unique, bytes(message[m.OUT_HEADER.size :])))
                     continue
                 return bytes(message)
             self.reader.more()

@@ -13,7 +13,8 @@ from fuse_pipe.worker import Worker
 ACL_ACCESS = b"system.posix_acl_access"
 
 
-def _reply(volume: Volume, node: Node, info: os.stat_result) -> bytes:
+def attributes_out(volume: Volume, node: Node, info: os.stat_result) -> bytes:
+    """A ``struct fuse_attr_out``, as which the kernel is told this."""
     node.told = state_of(info)
     return m.ATTR_OUT.pack(volume.file_time(node, info), 0, 0, *volume.attributes(info))
 
@@ -25,7 +26,7 @@ def getattr(volume: Volume, worker: Worker, flags: int, _: int, number: int) -> 
         info = os.fstat(volume.handles[number].fd.n)
     else:
         info = table.stat(node)
-    return _reply(volume, node, info)
+    return attributes_out(volume, node, info)
 
 
 def setattr(
@@ -75,7 +76,7 @@ def setattr(
         )
     info = os.fstat(fd.n)
     volume.sign(node, info)
-    return _reply(volume, node, info)
+    return attributes_out(volume, node, info)
 
 
 def _time(given: int, now: int, seconds: int, nanoseconds: int) -> tuple[int, int]:

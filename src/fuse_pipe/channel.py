@@ -12,6 +12,12 @@ Between times each side says now and then how many it has taken in, in a message
 request with opcode ``ACK``, to the relay a reply with error ``ACK``; the count is in the ``unique`` field. ``base`` is
 the number of the first message that the relay still has, where a server without memory of the session starts.
 Channel -1 carries notifications to the relay and nothing back.
+
+Where both say ``"quiet": true``, requests may be marked QUIET, in the padding of their header: they get no answer, but for
+a message FAILED when a write fails (the node's id in place of ``unique``, then an errno). And just before an answer the
+server may send what will be asked next: ATTRIBUTES and CONTENT (the node's id in place of ``unique``, then the number of
+notifications that it has sent, then a ``struct fuse_attr_out``, or a handle and all that the file holds). They are not
+counted.
 """
 
 import json
@@ -27,7 +33,8 @@ from fuse_pipe.messages import IN_HEADER, OUT_HEADER
 
 PROTOCOL = 1
 NOTIFY = -1
-ACK = 0x4657_4143
+ACK, FAILED, ATTRIBUTES, CONTENT = 0x4657_4143, 0x4657_4146, 0x4657_4154, 0x4657_4344
+QUIET_AT = 38  # in struct fuse_in_header
 ACK_EVERY = 32  # messages, or
 ACK_BYTES = 1 << 20
 HELLO_MOST = 4096

@@ -4,8 +4,9 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from fuse_pipe import attributes, directories, files, locking, namespace
+from fuse_pipe import ahead, attributes, directories, files, locking, namespace
 from fuse_pipe import messages as m
+from fuse_pipe.ahead import Ahead
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import Worker
 
@@ -47,6 +48,8 @@ def init(volume: Volume, worker: Worker, major: int, minor: int, readahead: int,
         return m.INIT_OUT.encode(major=m.VERSION, minor=m.MINOR)
     offered = flags | (flags2 << 32 if flags & m.INIT_EXT else 0)
     agreed = offered & (WANTED | (m.WRITEBACK_CACHE if volume.writeback else 0))
+    if volume.watcher is not None:  # names are believed for long: a listing saves a round trip for each
+        agreed &= ~m.READDIRPLUS_AUTO
     volume.flags, volume.minor = agreed, min(minor, m.MINOR)
     volume.decoders = m.decoders(bool(agreed & m.SETXATTR_EXT))
     if volume.journal is not None:
@@ -165,3 +168,13 @@ CHANGES = frozenset(
 
 # What may take long: done by other threads, so that the channel's next request does not wait.
 SLOW = frozenset((m.FSYNC, m.FSYNCDIR, m.SYNCFS, m.FALLOCATE, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64, m.SETLKW))
+
+# What the kernel asks for next goes ahead of the answer: the attributes of a directory whose names changed and of a file
+# that was written, the content of a small file that was opened.
+ASKED_NEXT: dict[int, Callable[[Volume, Worker, memoryview, bytes], list[Ahead]]] = {
+    **dict.fromkeys((m.CREATE, m.MKNOD, m.MKDIR, m.SYMLINK, m.LINK, m.UNLINK, m.RMDIR), ahead.of_directory),
+    m.RENAME: ahead.of_directories,
+    m.RENAME2: ahead.of_directories,
+    m.FLUSH: ahead.of_written,
+    m.OPEN: ahead.of_opened,
+}

@@ -4,9 +4,7 @@ Every channel is one open of /dev/fuse (``FUSE_DEV_IOC_CLONE``), one stream sock
 connection that breaks is made again and what the server does not have is sent again (see ``channel``); the kernel and
 its programs only see a pause.
 
-Two things are answered here, because they would be a round trip each for nothing: FLUSH of a file that was neither
-written nor locked since the last one, and whether a file just made has capabilities, which the kernel asks at the first
-write to every file.
+Some requests are answered here; see ``shortcuts``.
 """
 
 import contextlib
@@ -24,8 +22,12 @@ from fuse_pipe import linux
 from fuse_pipe import messages as m
 from fuse_pipe.channel import (
     ACK,
+    ATTRIBUTES,
+    CONTENT,
+    FAILED,
     NOTIFY,
     PROTOCOL,
+    QUIET_AT,
     Buffers,
     Channel,
     Reader,
@@ -35,6 +37,7 @@ from fuse_pipe.channel import (
     tune,
 )
 from fuse_pipe.errors import ConnectionLost, FusePipeError
+from fuse_pipe.shortcuts import NOTED, Shortcuts
 
 log = logging.getLogger("fuse_pipe")
 
@@ -42,11 +45,10 @@ Connect = Callable[[], socket.socket]
 
 COPIED = 64 * 1024  # requests up to this size are copied out of the read buffer; larger ones take it with them
 SPARE_BUFFERS = 4
-REMEMBERED = 4096  # new files whose capabilities are known, at most
-_XATTR_NAME = m.IN_HEADER.size + m.GETXATTR_IN.size
 RETRY_FIRST, RETRY_MOST = 0.01, 1.0  # seconds between attempts to connect again
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
 _HEAD = struct.Struct("<IIQQ")
+_ERRNO, _NODE = struct.Struct("<i"), struct.Struct("<Q")  # of FAILED; of every notification that is sent
 _UNANSWERED = frozenset(opcode for opcode, request in m.REQUESTS.items() if not request.replies)
 
 
@@ -66,11 +68,8 @@ class Relay:
         self.source = source
         self.channels = [relay_channel(n) for n in range(channels)]
         self.notifications = relay_channel(NOTIFY)
-        self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
-        self.creating: set[int] = set()  # CREATE requests without an answer
-        self.new: set[int] = set()  # nodes made here, of whose capabilities nothing was asked or set since
+        self.shortcuts = Shortcuts(self.notifications, behind=channels == 1)
         self.pending: set[int] = set()  # requests without an answer, by unique
-        self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
         self.fds: list[int] = []
         self.stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -149,7 +148,7 @@ class Relay:
                 sock,
                 {
                     "fuse_pipe": PROTOCOL, "session": self.session, "channel": channel.number, "base": channel.base,
-                    "received": channel.received,
+                    "received": channel.received, "quiet": True,
                 },
             )  # fmt: skip
             hello = receive_hello(sock)
@@ -157,6 +156,7 @@ class Relay:
                 raise FusePipeError(str(hello["error"]))
             if not isinstance(hello.get("received"), int | None):
                 raise FusePipeError("a hello without its fields")
+            self.shortcuts.quiet = hello.get("quiet") is True
         except BaseException:
             sock.close()
             raise
@@ -190,8 +190,7 @@ class Relay:
         buffer = bytearray(m.MAX_REQUEST)
         view = memoryview(buffer)
         head = _HEAD.unpack_from
-        lock, locked, written, pending = channel.lock, self.locked, self.written, self.pending
-        creating, new = self.creating, self.new
+        lock, pending, noted, shortcut = channel.lock, self.pending, NOTED, self.shortcuts.request
         while True:
             try:
                 size = os.readv(fd, (buffer,))
@@ -200,26 +199,13 @@ class Relay:
                     break
                 continue  # ENOENT, EINTR: the request was taken back
             _, opcode, unique, nodeid = head(buffer)
-            if opcode == m.WRITE:
-                written.add(nodeid)
-            elif opcode == m.FLUSH:
-                if nodeid not in locked and nodeid not in written:
-                    with contextlib.suppress(OSError):
-                        os.write(fd, m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique))
+            if opcode in noted and (answer := shortcut(channel, opcode, unique, nodeid, buffer, size)) is not None:
+                with contextlib.suppress(OSError):
+                    os.write(fd, answer)
+                if not buffer[QUIET_AT]:
                     continue
-                written.discard(nodeid)
-            elif opcode == m.GETXATTR:
-                if nodeid in new and buffer[_XATTR_NAME:size] == b"security.capability\0":
-                    new.discard(nodeid)
-                    with contextlib.suppress(OSError):
-                        os.write(fd, m.OUT_HEADER.pack(m.OUT_HEADER.size, -errno.ENODATA, unique))
-                    continue
-            elif opcode == m.CREATE:
-                creating.add(unique)
-            elif opcode == m.SETXATTR:
-                new.discard(nodeid)
-            elif opcode in (m.SETLK, m.SETLKW):
-                locked.add(nodeid)
+            elif opcode not in _UNANSWERED:
+                pending.add(unique)
             message: bytes | memoryview
             if size <= COPIED:
                 message = bytes(view[:size])
@@ -227,8 +213,6 @@ class Relay:
                 message = view[:size]
                 buffer = self._spare.pop() if self._spare else bytearray(m.MAX_REQUEST)
                 view = memoryview(buffer)
-            if opcode not in _UNANSWERED:
-                pending.add(unique)
             with lock:
                 channel.unacked.append((message,))
                 channel.kept += size
@@ -295,16 +279,22 @@ class Relay:
 
     def _forget_answered(self, channel: Channel) -> int:
         with channel.lock:
-            kept = [message for message in channel.unacked if _HEAD.unpack_from(message[0])[2] in self.pending]
+            kept = [message for message in channel.unacked if self._is_unanswered(message[0])]
             channel.unacked.clear()
             channel.unacked.extend(kept)
             channel.kept = sum(len(message[0]) for message in kept)
             return channel.base
 
+    def _is_unanswered(self, message: bytes | bytearray | memoryview) -> bool:
+        _, opcode, unique, _ = _HEAD.unpack_from(message)
+        return unique in self.pending or (opcode == m.WRITE and message[QUIET_AT] != 0)
+
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:
         reader = Reader(sock, m.OUT_HEADER.size, m.MAX_REQUEST)
         header, write, following = m.OUT_HEADER.unpack_from, os.write, reader.next
-        notifications, pending, creating, new = channel.number == NOTIFY, self.pending, self.creating, self.new
+        notifications, pending, shortcuts = channel.number == NOTIFY, self.pending, self.shortcuts
+        asked = shortcuts.asked
+        ahead: list[bytes] = []
         while True:
             reader.more()
             while (message := following()) is not None:
@@ -312,16 +302,23 @@ class Relay:
                 if error == ACK:
                     channel.acknowledged(unique)
                     continue
+                if error in (ATTRIBUTES, CONTENT):
+                    ahead.append(bytes(message))
+                    continue
                 channel.count(length)
+                if error == FAILED:
+                    shortcuts.failed(unique, *_ERRNO.unpack_from(message, m.OUT_HEADER.size))
+                    continue
                 pending.discard(unique)
-                if creating and unique in creating:
-                    creating.discard(unique)
-                    if error == 0:
-                        if len(new) >= REMEMBERED:
-                            new.clear()
-                        new.add(m.ENTRY_OUT.unpack_from(message, m.OUT_HEADER.size)[0])
+                answer: bytes | memoryview = message
+                if unique in asked:
+                    answer = shortcuts.reply(unique, error, message, ahead)
+                elif notifications:
+                    shortcuts.notified(*_NODE.unpack_from(message, m.OUT_HEADER.size))
+                if ahead:
+                    ahead.clear()
                 try:
-                    write(fd, message)
+                    write(fd, answer)
                 except OSError as failed:
                     if failed.errno in _GONE:
                         return

@@ -157,6 +157,7 @@ class Server:
         assert isinstance(base, int)
         assert isinstance(received, int)
         session = self.session(name)
+        session.quiet = hello.get("quiet") is True
         return session, session.channel(number), base, received
 
     def _carry(self, session: Session, channel: Channel, sock: socket.socket, base: int, received: int) -> None:
@@ -170,7 +171,7 @@ class Server:
             sock,
             {
                 "fuse_pipe": PROTOCOL, "kind": self.kind, "read_only": self.options["read_only"],
-                "received": None if fresh else channel.received,
+                "received": None if fresh else channel.received, "quiet": True,
             },
         )  # fmt: skip
         channel.attach(sock, received)

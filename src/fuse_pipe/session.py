@@ -3,6 +3,7 @@
 import errno
 import logging
 import signal
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from typing import Any
 
 from fuse_pipe import locking
 from fuse_pipe import messages as m
-from fuse_pipe.channel import ACK, KEPT_MESSAGES, NOTIFY, Buffers, Channel, server_channel
+from fuse_pipe.channel import ACK, FAILED, KEPT_MESSAGES, NOTIFY, QUIET_AT, Buffers, Channel, server_channel
 from fuse_pipe.errors import ConnectionLost, ProtocolError
-from fuse_pipe.operations import CHANGES, OPERATIONS, SLOW
+from fuse_pipe.operations import ASKED_NEXT, CHANGES, OPERATIONS, SLOW
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import Worker, this_worker
 
@@ -91,6 +92,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.lock = threading.Lock()
         self.gate = Gate()
+        self.quiet = False  # whether the relay knows of QUIET, FAILED and ATTRIBUTES
         self.answers: dict[int, bytes] = {}  # unique -> answer, of requests that a killed server did
         self.ended = False
         self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
@@ -131,7 +133,9 @@ class Session:
             return
         channel.count(length)
         if self.answers and unique in self.answers:  # done by a server before this one
-            replies.append((self.answers.pop(unique),))
+            answer = self.answers.pop(unique)
+            if not message[QUIET_AT]:
+                replies.append((answer,))
             return
         if opcode in SLOW and not (opcode == m.SETLKW and self._lock_now(worker, message, unique, replies)):
             self.defer(channel, unique, bytes(message))
@@ -143,14 +147,44 @@ class Session:
         if opcode == m.SETLKW:
             return
         reply = self.execute(worker, message)
+        if message[QUIET_AT]:
+            reply = self._failure(message, reply)
+        elif self.quiet and opcode in ASKED_NEXT:
+            reply = self._ahead(worker, opcode, message, reply)
         if reply is not None:
             replies.append(reply)
+
+    def _failure(self, message: memoryview, reply: Buffers | None) -> Buffers | None:
+        """What a QUIET request is answered: nothing but its failure."""
+        error = m.OUT_HEADER.unpack_from(reply[0])[1] if reply is not None else 0
+        if not error:
+            return None
+        _, opcode, _, nodeid, *_ = _IN(message)
+        if opcode != m.WRITE:
+            return None
+        self._notify(m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0))  # the kernel has cached what was not written
+        return (_OUT(_OUT_SIZE + 8, FAILED, nodeid) + struct.pack("<ii", -error, 0),)
+
+    def _ahead(self, worker: Worker, opcode: int, message: memoryview, reply: Buffers | None) -> Buffers | None:
+        """Put what the kernel asks for next before an answer."""
+        if reply is None or m.OUT_HEADER.unpack_from(reply[0])[1]:
+            return reply
+        notify = self.channels.get(NOTIFY)
+        if notify is None:
+            return reply
+        count = struct.pack("<Q", notify.base + len(notify.unacked))
+        try:
+            ahead = ASKED_NEXT[opcode](self.volume, worker, message, bytes(reply[0]))
+        except OSError:
+            return reply
+        parts = [_OUT(_OUT_SIZE + len(count) + len(data), code, nodeid) + count + data for code, nodeid, data in ahead]
+        return (b"".join((*parts, *reply)),)
 
     def execute(
         self, worker: Worker, message: memoryview, operation: Callable[..., Any] | None = None
     ) -> Buffers | None:
         """Do one request in this thread; its reply as buffers, or None for what has no reply."""
-        length, opcode, unique, nodeid, uid, gid, pid, extension, _ = _IN(message)
+        length, opcode, unique, nodeid, uid, gid, pid, extension, marks = _IN(message)
         decode = self.volume.decoders.get(opcode)
         if decode is None:
             return (_OUT(_OUT_SIZE, -errno.ENOSYS, unique),)
@@ -169,6 +203,7 @@ class Session:
             log.debug("%s", error)  # the stream is still whole: only this request fails
             return (_OUT(_OUT_SIZE, -errno.EPROTO, unique),)
         worker.unique, worker.nodeid, worker.uid, worker.gid, worker.pid = unique, nodeid, uid, gid, pid
+        worker.quiet = marks != 0
         try:
             payload = (operation or OPERATIONS[opcode])(self.volume, worker, *fields)
         except OSError as error:

@@ -28,6 +28,7 @@ class Worker:
         "groups",
         "nodeid",
         "pid",
+        "quiet",
         "root",
         "uid",
         "unique",
@@ -44,6 +45,7 @@ class Worker:
         self._groups: tuple[int, ...] = ()
         self.unique = self.nodeid = self.uid = self.gid = self.pid = 0
         self.groups: tuple[int, ...] = ()
+        self.quiet = False  # the request at hand was answered already
 
     def become_caller(self, umask: int, mode: int = 0) -> None:
         """Files made from now on belong to the caller and get its ``umask`` (where no default ACL replaces it)."""

@@ -222,7 +222,7 @@ class Tree:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Mount]:
-    with fuse_support.scratch() as base, fuse_support.mount(base, channels=2) as mounted:
+    with fuse_support.scratch() as base, fuse_support.mount(base) as mounted:
         (base / "plain").mkdir()
         yield mounted
 

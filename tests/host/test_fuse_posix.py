@@ -788,6 +788,18 @@ def test_utimensat_now_and_omit(here: Path) -> None:
     os.close(fd)
 
 
+def test_access_time_changes_with_reading_not_with_opening(here: Path) -> None:
+    path = here / "f"
+    path.write_text("content")
+    os.utime(path, ns=(1, 2))
+    fd = os.open(path, os.O_RDONLY)
+    assert times(path)[:2] == (1, 2)
+    os.read(fd, 10)
+    os.close(fd)
+    fuse_support.wait_for(lambda: times(path)[0] > 2, "the access time", 20)
+    assert times(path)[1] == 2
+
+
 def test_utimensat_of_a_symlink(here: Path) -> None:
     (here / "f").touch()
     (here / "l").symlink_to("f")

@@ -27,7 +27,7 @@ O_TMPFILE = os.O_TMPFILE
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Mount]:
-    with fuse_support.scratch() as base, fuse_support.mount(base, channels=2) as mounted:
+    with fuse_support.scratch() as base, fuse_support.mount(base) as mounted:
         yield mounted
 
 
@@ -498,6 +498,73 @@ def test_guest_changes_are_seen_at_close(shared: Mount, here: Path) -> None:
     for n in range(20):
         (here / "f").write_text(f"version {n}")
         assert (on_host(shared, here) / "f").read_text() == f"version {n}"
+
+
+@pytest.mark.parametrize("settle", [os.fsync, os.fdatasync, os.close])
+def test_the_host_has_what_was_written_when_it_is_settled(
+    shared: Mount, here: Path, settle: Callable[[int], None]
+) -> None:
+    path = here / "f"
+    for n in range(20):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for block in range(n):
+            os.write(fd, bytes([block]) * 5000)
+        settle(fd)
+        assert on_host(shared, path).read_bytes() == b"".join(bytes([block]) * 5000 for block in range(n))
+        if settle is not os.close:
+            os.close(fd)
+
+
+def test_what_was_written_is_there_for_others_at_once(here: Path) -> None:
+    """Written by one process and looked at by another before it is closed: size, content, in order with locks."""
+    path = here / "f"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for n in range(1, 50):
+        os.pwrite(fd, n.to_bytes(4, "little") * 1000, 0)
+        os.pwrite(fd, b"x", 4000 + n)
+        assert as_user(lambda: os.stat(path).st_size) == 4001 + n
+        assert as_user(lambda: path.read_bytes()[:4]) == n.to_bytes(4, "little")
+    os.close(fd)
+
+
+def test_a_synchronous_write_is_on_the_host_when_it_returns(shared: Mount, here: Path) -> None:
+    fd = os.open(here / "f", os.O_WRONLY | os.O_CREAT | os.O_DSYNC)
+    for n in range(20):
+        os.pwrite(fd, b"%d" % n, 0)
+        assert on_host(shared, here / "f").read_bytes() == b"%d" % n
+    os.close(fd)
+
+
+def test_a_full_disk_is_told_of() -> None:
+    with fuse_support.scratch() as base:
+        (base / "host").mkdir()
+        linux.mount("none", str(base / "host"), "tmpfs", 0, "size=1m")
+        try:
+            with fuse_support.mount(base) as mounted:
+                fill_up(mounted.path / "f")
+                (mounted.path / "f").unlink()
+                (mounted.path / "g").write_bytes(bytes(500_000))
+                fill_up(mounted.path / "h")
+                assert (mounted.path / "g").read_bytes() == bytes(500_000)
+        finally:
+            linux.umount(str(base / "host"), linux.MNT_DETACH)
+
+
+def fill_up(path: Path) -> None:
+    """Write more than there is room for: whoever closes the file without looking at ``write`` learns it as well."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    failed = []
+    for _ in range(40):
+        try:
+            os.write(fd, bytes(64 << 10))
+        except OSError as error:
+            failed.append(error.errno)
+    failed.append(error_of(os.close, fd))
+    assert set(failed) - {""} <= {errno.ENOSPC, "ENOSPC"}
+    assert len(failed) > 2 or failed[-1] == "ENOSPC"
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    assert error_of(os.write, fd, bytes(2 << 20)) == "ENOSPC"  # writes wait for the host now
+    os.close(fd)
 
 
 def test_deleted_by_the_host_while_open(shared: Mount, here: Path) -> None:

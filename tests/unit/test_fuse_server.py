@@ -2,6 +2,7 @@
 ranges.
 """
 
+import errno
 import fcntl
 import itertools
 import json
@@ -297,3 +298,65 @@ def test_ranges_are_what_they_are_byte_by_byte(operations: list[tuple[int, int, 
         expanded = {n: kind for first, last, kind in held for n in range(first, last + 1)}
         assert expanded == {n: kind for n, kind in bytes_.items() if kind != fcntl.F_UNLCK}
         assert all(one[1] + 1 < two[0] or one[2] != two[2] for one, two in itertools.pairwise(held))
+
+
+def test_quiet_requests_are_answered_only_when_a_write_fails(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    try:
+        c = Client(server, quiet=True)
+        c.init()
+        node, fh = c.create(b"f")
+        c.send(m.WRITE, node, b"hello", fh=fh, offset=3, size=5, quiet=True)
+        c.send(m.WRITE, node, b"lost", fh=fh + 1, offset=0, size=4, quiet=True)
+        c.send(m.RELEASE, node, fh=fh + 1, quiet=True)
+        c.call(m.FLUSH, node, fh=fh)  # comes after all of them
+        assert (tmp_path / "f").read_bytes() == b"\0\0\0hello"
+        assert (channel.FAILED, node, errno.EBADF.to_bytes(4, "little") + bytes(4)) in c.ahead
+        c.send(m.RELEASE, node, fh=fh, quiet=True)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            c.call(m.READ, node, fh=fh, offset=0, size=1)
+        c.close()
+    finally:
+        server.close()
+
+
+def test_what_is_asked_next_goes_ahead(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"content")
+    (tmp_path / "large").write_bytes(bytes(33 << 10))
+    server = Server(str(tmp_path))
+    try:
+        c, notifications = Client(server, quiet=True), Client(server, quiet=True, number=channel.NOTIFY)
+        c.init()
+        node, fh = c.create(b"f")
+        c.call(m.WRITE, node, b"hello", fh=fh, offset=0, size=5)
+        c.call(m.FLUSH, node, fh=fh)
+        (_, directory, first), (_, file, second) = c.ahead
+        assert (directory, file) == (m.ROOT_ID, node)
+        assert m.ATTR_OUT.decode(first[8:]).ino == tmp_path.stat().st_ino
+        assert m.ATTR_OUT.decode(second[8:]).size == 5
+        c.ahead.clear()
+        for name in (b"small", b"large"):
+            opened = c.call(m.OPEN, c.lookup(name).nodeid, flags=os.O_RDONLY)[0][0]
+            if name == b"small":
+                code, _, rest = c.ahead.pop()
+                assert (code, rest[8:]) == (channel.CONTENT, opened.fh.to_bytes(8, "little") + b"content")
+        c.call(m.OPEN, c.lookup(b"small").nodeid, flags=os.O_RDWR)
+        c.call(m.RENAME2, m.ROOT_ID, b"f", b"g", newdir=m.ROOT_ID)
+        assert [(code, directory) for code, directory, _ in c.ahead] == [(channel.ATTRIBUTES, m.ROOT_ID)]
+        c.close()
+        notifications.close()
+    finally:
+        server.close()
+
+
+def test_a_relay_that_does_not_know_of_it_gets_nothing_ahead(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    try:
+        c, notifications = Client(server), Client(server, number=channel.NOTIFY)
+        c.init()
+        c.create(b"f")
+        assert c.ahead == []
+        c.close()
+        notifications.close()
+    finally:
+        server.close()

@@ -1,0 +1,237 @@
+"""What the relay answers by itself, because the round trip to the server would be for nothing.
+
+- FLUSH of a file that was neither written nor locked since the last one.
+- Whether a file made a moment ago has capabilities, which the kernel asks before it is first written or given away.
+- RELEASE: nobody waits for it. The server is told not to answer (``QUIET``).
+- WRITE, unless the file was opened with O_SYNC, O_DSYNC or O_DIRECT: it is answered at once and goes to the server as
+  QUIET. Everything later goes the same way behind it, so whoever asks sees what was written; the host does when the
+  file is closed or synced, and mostly at once. An error is told by the next write, close or fsync, and writes wait for
+  the server's answer again for a while, so that who fills a disk learns it.
+- GETATTR of a directory in which names were just changed, and of a file just closed: the kernel asks next, always, so
+  the server sends the attributes ahead of its answer (``ATTRIBUTES``). They are dropped when anything that passes here
+  could change them, and when the server notifies of anything that it noticed after it sent them.
+"""
+
+import errno
+import itertools
+import os
+import struct
+from time import monotonic
+from typing import NamedTuple
+
+from fuse_pipe import messages as m
+from fuse_pipe.channel import ATTRIBUTES, QUIET_AT, Channel
+
+BEHIND_MOST = 4 << 20  # bytes of requests that the server may not have seen when a write is answered
+BEHIND_END = 1 << 42  # writes up to here are answered at once; how large a file may be is for the host to say
+CAUTIOUS = 10.0  # seconds without early answers after a write that failed
+FRESH = 10.0  # seconds that attributes sent ahead are good for, or for as long as the kernel may believe them
+FRESH_CONTENT = 0.05
+NEW = 1.0  # seconds for which a file is new
+CONTENTS = 64  # small files sent ahead, at most
+REMEMBERED = 4096  # nodes of each kind, at most
+
+_WRITE = struct.Struct("<QIIQI")  # struct fuse_write_in from offset on
+_WRITE_AT = m.IN_HEADER.size + 8
+_WRITE_OUT = struct.Struct("<IiQII")
+_NAME_AT = m.IN_HEADER.size + m.GETXATTR_IN.size
+_CAPABILITY = b"security.capability\0"
+_SYNCHRONOUS = os.O_SYNC | os.O_DSYNC | os.O_DIRECT
+_AHEAD = struct.Struct("<IiQQ")  # header of ATTRIBUTES or CONTENT with the node's id; notifications sent before
+_READ = struct.Struct("<QQI")  # struct fuse_read_in up to size
+_OPEN_FLAGS = struct.Struct("<I")
+_HANDLE = struct.Struct("<Q")
+_MODE_AT = m.ATTR_OUT.fields.index("mode")
+
+_NAMES = (m.CREATE, m.MKNOD, m.MKDIR, m.SYMLINK, m.LINK, m.UNLINK, m.RMDIR, m.RENAME, m.RENAME2)
+_CHANGES = frozenset((
+    *_NAMES, m.WRITE, m.SETATTR, m.SETXATTR, m.REMOVEXATTR, m.FALLOCATE, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64,
+    m.TMPFILE, m.SETLK, m.SETLKW,
+))  # fmt: skip  # locks: who waited for one wants to see what was written before it was given up
+_READS = frozenset((m.READ, m.READDIR, m.READDIRPLUS))  # change the access time only
+_ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64))
+_ANY = frozenset((m.RMDIR, m.RENAME, m.RENAME2))
+_WATCHED = frozenset((*_NAMES, m.FLUSH, m.FSYNC, m.OPEN))  # whose answers are looked at
+NOTED = frozenset((
+    *_CHANGES, *_READS, *_WATCHED, m.GETATTR, m.GETXATTR, m.RELEASE, m.RELEASEDIR,
+))  # fmt: skip
+
+
+class Known(NamedTuple):
+    """What was sent ahead: in answer to the request of which ``turn``; good ``until`` then."""
+
+    nodeid: int
+    turn: int
+    until: float
+    directory: bool
+    data: bytes
+
+
+class Shortcuts:
+    """What one mount's relay knows. ``request`` sees what goes up, the other methods what comes down."""
+
+    def __init__(self, notifications: Channel, *, behind: bool) -> None:
+        """
+        Arguments:
+            notifications: the channel that counts those that came.
+            behind: whether writes may be answered early; not with several channels, which overtake one another.
+        """
+        self.notifications = notifications
+        self.behind = behind
+        self.quiet = False  # whether the server knows of QUIET; set with each connection
+        self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
+        self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
+        self.asked: dict[int, tuple[int, int, int]] = {}  # unique -> opcode, node, turn, of requests in _WATCHED
+        self._new: dict[int, float] = {}  # nodes made here, of whose capabilities nothing was set since -> when
+        self._failed: dict[int, int] = {}  # node -> errno of a write that was answered before it was done
+        self._cautious = 0.0
+        self._turns = itertools.count(1)
+        self._changed: dict[int, int] = {}  # node -> the turn of the last request that may change its attributes
+        self._changed_before = 0  # nodes that are not in _changed may have been, up to this turn
+        self._files_changed = self._all_changed = 0
+        self._attributes: dict[int, Known] = {}  # node -> what was sent ahead
+        self._contents: dict[int, Known] = {}  # handle -> likewise
+
+    # ---- up
+
+    def request(
+        self, channel: Channel, opcode: int, unique: int, nodeid: int, buffer: bytearray, size: int
+    ) -> bytes | None:
+        """See a request in ``NOTED``; the answer to give now, if any. It is passed on if it has none or is marked
+        QUIET.
+        """
+        if opcode == m.GETATTR:
+            return self._answer(unique, self._attributes.pop(nodeid, None))
+        if opcode in _READS:
+            self._attributes.pop(nodeid, None)
+            return self._read(unique, buffer) if opcode == m.READ and self._contents else None
+        if opcode == m.RELEASE or opcode == m.RELEASEDIR:
+            if not self.quiet:
+                return None
+            if self._contents:
+                (number,) = _HANDLE.unpack_from(buffer, m.IN_HEADER.size)
+                self._contents.pop(number, None)
+            buffer[QUIET_AT] = 1
+            return m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique)
+        if opcode in _CHANGES:
+            self._change(opcode, nodeid)
+        if opcode == m.WRITE:
+            return self._write(channel, unique, nodeid, buffer)
+        if opcode == m.FLUSH:
+            if nodeid not in self.locked and nodeid not in self.written:
+                return m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique)
+            self.written.discard(nodeid)
+        elif opcode == m.GETXATTR:
+            made = self._new.get(nodeid)
+            if made is not None and buffer[_NAME_AT:size] == _CAPABILITY:
+                if monotonic() - made < NEW:
+                    return m.OUT_HEADER.pack(m.OUT_HEADER.size, -errno.ENODATA, unique)
+                self._new.pop(nodeid, None)
+        elif opcode == m.OPEN:
+            if _OPEN_FLAGS.unpack_from(buffer, m.IN_HEADER.size)[0] & os.O_TRUNC:
+                self._change(opcode, nodeid)
+        elif opcode == m.SETXATTR:
+            self._new.pop(nodeid, None)
+        elif opcode == m.SETLK or opcode == m.SETLKW:
+            self.locked.add(nodeid)
+        if opcode in _WATCHED:
+            self.asked[unique] = opcode, nodeid, next(self._turns)
+        return None
+
+    def _write(self, channel: Channel, unique: int, nodeid: int, buffer: bytearray) -> bytes | None:
+        self.written.add(nodeid)
+        if self._failed and nodeid in self._failed:
+            return m.OUT_HEADER.pack(m.OUT_HEADER.size, -self._failed.pop(nodeid), unique)
+        if not (self.quiet and self.behind) or channel.sock is None or channel.kept > BEHIND_MOST:
+            return None
+        offset, count, _, _, flags = _WRITE.unpack_from(buffer, _WRITE_AT)
+        if flags & _SYNCHRONOUS or offset + count > BEHIND_END or (self._cautious and self._is_cautious()):
+            return None
+        buffer[QUIET_AT] = 1
+        return _WRITE_OUT.pack(_WRITE_OUT.size, 0, unique, count, 0)
+
+    def _is_cautious(self) -> bool:
+        if monotonic() < self._cautious:
+            return True
+        self._cautious = 0.0
+        return False
+
+    def _change(self, opcode: int, nodeid: int) -> None:
+        turn = next(self._turns)
+        changed = self._changed
+        if len(changed) >= REMEMBERED:
+            self._changed_before = turn
+            changed.clear()
+        changed[nodeid] = turn
+        if opcode in _ANY_FILE:
+            self._files_changed = turn
+        if opcode in _ANY:
+            self._all_changed = turn
+
+    def _read(self, unique: int, buffer: bytearray) -> bytes | None:
+        number, offset, size = _READ.unpack_from(buffer, m.IN_HEADER.size)
+        known = self._contents.get(number)
+        if known is None or offset or size < len(known.data):
+            return None
+        answer = self._answer(unique, self._contents.pop(number, None))
+        if answer is not None:
+            buffer[QUIET_AT] = 1  # for the access time
+        return answer
+
+    def _answer(self, unique: int, known: Known | None) -> bytes | None:
+        """What is known as an answer, if it still holds."""
+        if known is None or monotonic() > known.until or not self._holds(known):
+            return None
+        return m.OUT_HEADER.pack(m.OUT_HEADER.size + len(known.data), 0, unique) + known.data
+
+    def _holds(self, known: Known) -> bool:
+        return (
+            self._changed.get(known.nodeid, self._changed_before) <= known.turn
+            and self._all_changed <= known.turn
+            and (known.directory or self._files_changed <= known.turn)
+        )
+
+    # ---- down
+
+    def failed(self, nodeid: int, number: int) -> None:
+        """A write that was answered already has failed."""
+        if len(self._failed) >= REMEMBERED:
+            self._failed.clear()
+        self._failed[nodeid] = number
+        self._cautious = monotonic() + CAUTIOUS
+
+    def reply(self, unique: int, error: int, message: memoryview, ahead: list[bytes]) -> bytes | memoryview:
+        """See the answer to a request in ``asked``, and the ATTRIBUTES messages before it; what the kernel is to get."""
+        opcode, nodeid, turn = self.asked.pop(unique)
+        for came in ahead:
+            self._know(turn, came)
+        if opcode == m.CREATE and error == 0:
+            if len(self._new) >= REMEMBERED:
+                self._new.clear()
+            self._new[m.ENTRY_OUT.unpack_from(message, m.OUT_HEADER.size)[0]] = monotonic()
+        elif self._failed and opcode in (m.FLUSH, m.FSYNC) and nodeid in self._failed:
+            return m.OUT_HEADER.pack(m.OUT_HEADER.size, -self._failed.pop(nodeid), unique)
+        return message
+
+    def _know(self, turn: int, came: bytes) -> None:
+        _, code, nodeid, notified = _AHEAD.unpack_from(came)
+        known: dict[int, Known]
+        if code == ATTRIBUTES:
+            known, key, most, data = self._attributes, nodeid, REMEMBERED, came[_AHEAD.size :]
+            valid, *fields = m.ATTR_OUT.unpack_from(data)
+            fresh, directory = min(valid, FRESH), fields[_MODE_AT - 1] & 0o170000 == 0o040000
+        else:
+            known, most, data, directory = self._contents, CONTENTS, came[_AHEAD.size + _HANDLE.size :], False
+            fresh = FRESH_CONTENT
+            (key,) = _HANDLE.unpack_from(came, _AHEAD.size)
+        if len(known) >= most:
+            known.clear()
+        known[key] = Known(nodeid, turn, monotonic() + fresh, directory, data)
+        if self.notifications.received > notified:  # something was noticed after it was sent
+            known.pop(key, None)
+
+    def notified(self, nodeid: int) -> None:
+        """A notification is about to be passed on."""
+        self._new.pop(nodeid, None)
+        self._attributes.clear()
+        self._contents.clear()
