@@ -1,6 +1,7 @@
 # make run     everything from nothing: packages, set-up, a demo image, a container in a microVM
 # make test    all tests; make test-unit, test-host, test-vm one tier
 # make fuzz    hostile messages to the server of --map, for minutes (ARGS="--rounds N --seed N")
+# make pjdfstest PJDFSTEST=DIR   the built suite in DIR, on a mount of a new directory
 # make bench   measurements; make lint, make packages, make setup, make setup-btrfs, make clean
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 FCVM := $(VENV)/bin/fcvm
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test test-unit test-host test-vm fuzz bench lint packages packages-test setup setup-btrfs demo-image clean
+.PHONY: run test test-unit test-host test-vm fuzz pjdfstest bench lint packages packages-test setup setup-btrfs demo-image clean
 
 run: demo-image
 	$(FCVM) podman run --name hello localhost/fcvm-demo -- echo "Hello from a microVM"
@@ -27,6 +28,9 @@ test-vm: packages-test $(VENV)/.dev setup
 
 fuzz: $(VENV)/.dev
 	$(VENV)/bin/python tests/fuse_fuzz.py $(ARGS)
+
+pjdfstest: $(VENV)/.dev
+	$(VENV)/bin/python tests/fuse_mounted.py prove -r $(PJDFSTEST)/tests
 
 bench: packages-test $(VENV)/.dev setup
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -1,10 +1,11 @@
 """What a mapped directory costs: a local mount through relay and server, beside the directory itself and libfuse.
 
 Native C file systems on libfuse stand beside it in the same run: libfuse's own example ``passthrough_ll`` where it can
-be built (packages libfuse3-dev, gcc, pkg-config), and bindfs. Every case runs on every directory in turn, several times
-over, so that other load on the host hits all alike; the table has the medians and the ratios. Needs root.
+be built (packages libfuse3-dev, gcc, pkg-config), and bindfs. QEMU's 9p and virtio-fs need a guest, so they are not
+here. Every case runs on every directory in turn, several times over, so that other load on the host hits all alike; the
+table has the medians and the ratios. Needs root.
 
-    python -m bench.volumes [--quick] [--json] [--dir DIR] [--channels N]
+    python -m bench.volumes [--quick] [--json FILE] [--dir DIR] [--channels N]
 """
 
 import argparse
@@ -292,10 +293,23 @@ def measure(found: dict[str, Path], sizes: Sizes, rounds: int) -> dict[str, dict
     return {name: {target: statistics.median(values) for target, values in by.items()} for name, by in rates.items()}
 
 
+def report(results: dict[str, dict[str, float]]) -> list[dict[str, object]]:
+    """One object for each case: its unit, the rates, and fuse_pipe's time as a multiple of each other's."""
+    return [
+        {
+            "case": name,
+            "unit": CASES[name][0],
+            "rates": by,
+            "times_of": {target: rate / by["fuse_pipe"] for target, rate in by.items() if target != "fuse_pipe"},
+        }
+        for name, by in results.items()
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files and one round")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rates, and the ratios to the others, here")
     parser.add_argument("--dir", help="where to work (default: the temporary directory)")
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--rounds", type=int)
@@ -309,8 +323,7 @@ def main() -> int:
         found = targets(stack, base, args.channels)
         results = measure(found, Sizes(args.quick), args.rounds or (1 if args.quick else 3))
     if args.json:
-        print(json.dumps(results, indent=1))
-        return 0
+        args.json.write_text(json.dumps(report(results), indent=1) + "\n")
     native = [target for target in found if target not in ("host", "fuse_pipe")]
     print(
         f"{'':<22}"

@@ -110,8 +110,17 @@ class Keeper:
 class Mount:
     """A directory served and mounted, each by a process of its own. ``path`` is the mount, ``host`` what it shows."""
 
-    def __init__(self, base: Path, *, host: Path | None = None, serve: tuple[str, ...] = (), channels: int = 1) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        host: Path | None = None,
+        serve: tuple[str, ...] = (),
+        channels: int = 1,
+        patience: float = PATIENCE,
+    ) -> None:
         self.base = base
+        self.patience = patience
         self.host = host or base / "host"
         self.path = base / "mount"
         self.socket = self.relay_socket = base / "socket"
@@ -135,7 +144,7 @@ class Mount:
         assert is_mounted(self.path), f"the relay ended with {self.relay.poll()}"
         self.device = self.mounted_device()
         # A request that is never answered cannot be interrupted: end it, so that the test fails rather than hangs.
-        self.watchdog = threading.Timer(PATIENCE, abort, (self.device,))
+        self.watchdog = threading.Timer(self.patience, abort, (self.device,))
         self.watchdog.daemon = True
         self.watchdog.start()
 

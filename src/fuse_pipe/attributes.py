@@ -1,5 +1,6 @@
 """Operations on attributes: getattr, setattr, statx, extended attributes and ACLs, statfs."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -74,6 +75,9 @@ def setattr(
             _time(valid & m.FATTR_ATIME, valid & m.FATTR_ATIME_NOW, atime, atime_ns),
             _time(valid & m.FATTR_MTIME, valid & m.FATTR_MTIME_NOW, mtime, mtime_ns),
         )
+    if not valid & (m.FATTR_SIZE | m.FATTR_UID | m.FATTR_GID | m.FATTR_MODE | m.FATTR_ATIME | m.FATTR_MTIME):
+        with contextlib.suppress(PermissionError):  # chown(-1, -1): Linux notes a change nevertheless
+            linux.chown_fd(fd.n, -1, -1)
     info = os.fstat(fd.n)
     volume.sign(node, info)
     return attributes_out(volume, node, info)

@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -786,6 +787,20 @@ def test_utimensat_now_and_omit(here: Path) -> None:
     assert times(path)[0] > 10**18
     assert times(path)[1] == 5_000_000_006
     os.close(fd)
+
+
+def test_giving_a_file_to_nobody_else_is_a_change(here: Path) -> None:
+    for path in (here / "f", here / "d", here / "l"):
+        if path.name == "d":
+            path.mkdir()
+        elif path.name == "l":
+            path.symlink_to("f")
+        else:
+            path.touch()
+        before = os.lstat(path).st_ctime_ns
+        time.sleep(0.02)  # past the clock tick
+        os.chown(path, -1, -1, follow_symlinks=False)
+        assert os.lstat(path).st_ctime_ns > before
 
 
 def test_access_time_changes_with_reading_not_with_opening(here: Path) -> None:
