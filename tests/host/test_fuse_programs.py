@@ -13,7 +13,7 @@ from fuse_support import Mount
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Mount]:
-    with fuse_support.scratch() as base, fuse_support.mount(base, channels=2) as mounted:
+    with fuse_support.scratch() as base, fuse_support.mount(base) as mounted:
         yield mounted
 
 
