@@ -148,22 +148,21 @@ class Session:
             return
         reply = self.execute(worker, message)
         if message[QUIET_AT]:
-            reply = self._failure(message, reply)
-        elif self.quiet and opcode in ASKED_NEXT:
+            self._quiet(channel, message, reply)
+            return
+        if self.quiet and opcode in ASKED_NEXT:
             reply = self._ahead(worker, opcode, message, reply)
         if reply is not None:
             replies.append(reply)
 
-    def _failure(self, message: memoryview, reply: Buffers | None) -> Buffers | None:
-        """What a QUIET request is answered: nothing but its failure."""
+    def _quiet(self, channel: Channel, message: memoryview, reply: Buffers | None) -> None:
+        """Say nothing of a QUIET request but that a write failed; at once, because another thread may do the FSYNC."""
         error = m.OUT_HEADER.unpack_from(reply[0])[1] if reply is not None else 0
-        if not error:
-            return None
         _, opcode, _, nodeid, *_ = _IN(message)
-        if opcode != m.WRITE:
-            return None
+        if not error or opcode != m.WRITE:
+            return
         self._notify(m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0))  # the kernel has cached what was not written
-        return (_OUT(_OUT_SIZE + 8, FAILED, nodeid) + struct.pack("<ii", -error, 0),)
+        channel.send(((_OUT(_OUT_SIZE + 8, FAILED, nodeid) + struct.pack("<ii", -error, 0),),))
 
     def _ahead(self, worker: Worker, opcode: int, message: memoryview, reply: Buffers | None) -> Buffers | None:
         """Put what the kernel asks for next before an answer."""

@@ -320,6 +320,28 @@ def test_quiet_requests_are_answered_only_when_a_write_fails(tmp_path: Path) -> 
         server.close()
 
 
+def test_the_failure_of_a_quiet_write_comes_before_the_answer_to_fsync(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    try:
+        c = Client(server, quiet=True)
+        c.init()
+        node, fh = c.create(b"f")
+        write = bytearray(m.encode_request(m.WRITE, 1000, node, b"lost", fh=fh + 1, offset=0, size=4))
+        write[channel.QUIET_AT] = 1
+        more = [m.encode_request(m.GETATTR, 2000 + n, node) for n in range(500)]  # the answers go out together, at last
+        for _ in range(5):
+            c.sock.sendall(b"".join((write, m.encode_request(m.FSYNC, 1001, node, fh=fh), *more)))
+            failed_first = False
+            for _ in range(1 + len(more)):
+                if m.OUT_HEADER.unpack_from(c.receive())[2] == 1001:
+                    failed_first = [code for code, *_ in c.ahead] == [channel.FAILED]
+            assert failed_first
+            c.ahead.clear()
+        c.close()
+    finally:
+        server.close()
+
+
 def test_what_is_asked_next_goes_ahead(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"content")
     (tmp_path / "large").write_bytes(bytes(33 << 10))
