@@ -91,7 +91,7 @@ def installed(packages: list[str]) -> set[str]:
 def apt(action: str, *words: str, options: tuple[str, ...] = (), check: bool = True) -> None:
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     install = ["-y", "--no-install-recommends"] if action == "install" else []
-    command = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", *options, action, *install, *words]
+    command = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-oDPkg::Lock::Timeout=600", *options, action, *install, *words]
     subprocess.run(command, check=check)
 
 

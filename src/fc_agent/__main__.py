@@ -17,18 +17,19 @@ def main() -> NoReturn:
 
         machine.main()
         raise SystemExit(1)
-    from fc_agent import init
+    from fc_agent import init, linux
 
-    init.main(_agent)
+    begun = linux.uptime()
+    init.main(lambda: _agent(begun))
 
 
-def _agent() -> None:
+def _agent(begun: float) -> None:
     from fc_agent.podman import Service
 
     service = Service()  # it takes longest to start, so it starts before we import the rest of us
     from fc_agent.agent import Agent
 
-    Agent(service).run()
+    Agent(service).run(begun)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ class Agent:
         self._stopping: float | None = None  # asked to stop before the container ran: the timeout
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Serve the host until it ends this system."""
+    def run(self, begun: float | None = None) -> None:
+        """Serve the host until it ends this system; ``begun`` is the uptime at which the kernel and the initrd were done."""
+        if begun is not None:
+            self._control.stage("kernel", begun)
         self._control.stage("agent")
         threading.Thread(target=self._server.serve, args=(self._listener,), daemon=True, name="sessions").start()
         sockets.destroy_connections()  # there are none, but now a snapshot has the kernel's module for it

@@ -9,6 +9,7 @@ from typing import Any
 
 from fc_agent import linux, network, podman
 from fc_agent.attach import Attached
+from fc_agent.failures import explain
 from fc_agent.podman import PodmanError, Service, escape
 from fc_agent.protocol import ContainerPlan, VolumePlan
 
@@ -44,7 +45,7 @@ class Container:
         try:
             service.request("POST", f"/containers/{self.id}/init")
         except PodmanError as error:
-            raise StartError(error.message, start_code(error.message)) from error
+            raise StartError(explain(error.message), start_code(error.message)) from error
         self.directory = f"{podman.STORAGE}/overlay-containers/{self.id}/userdata"
         run = f"{podman.RUN}/overlay-containers/{self.id}/userdata"
         self.pid = _read_number(f"{run}/pidfile")
@@ -66,7 +67,7 @@ class Container:
         try:
             self._service.request("POST", f"/containers/{self.id}/start")
         except PodmanError as error:
-            raise StartError(error.message, start_code(error.message)) from error
+            raise StartError(explain(error.message), start_code(error.message)) from error
 
     def wait(self) -> tuple[int, bool, str | None]:
         """Wait for its end: ``(exit code, whether it ran out of memory, message)``."""

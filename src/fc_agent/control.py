@@ -42,9 +42,9 @@ class Control:
         self._state: dict[str, Any] = {"phase": "waiting", "health": None, "exit": None}
         self._stages: list[dict[str, Any]] = []
 
-    def stage(self, name: str) -> None:
-        """A step of the start is done, now."""
-        message = {"type": "stage", "name": name, "uptime": linux.uptime()}
+    def stage(self, name: str, uptime: float | None = None) -> None:
+        """A step of the start is done: now, or when the system had been up for ``uptime`` seconds."""
+        message = {"type": "stage", "name": name, "uptime": linux.uptime() if uptime is None else uptime}
         with self._lock:
             if not self._write(message):
                 self._stages.append(message)

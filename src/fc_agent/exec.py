@@ -16,6 +16,7 @@ from typing import Any
 
 from fc_agent import linux
 from fc_agent.container import Container
+from fc_agent.failures import explain
 from fc_agent.process import LocalProcess, exit_code, kill_session, set_size
 from fc_agent.session import LaunchError, Request
 
@@ -94,7 +95,7 @@ class ContainerProcess(LocalProcess):
         code = exit_code(self.popen.wait())
         if self._inner() is None and code == CRUN_FAILED:
             message = failure(f"{self._base}.log")
-            return runtime_code(message), message
+            return runtime_code(message), explain(message)
         return code, None
 
     def close(self) -> None:
@@ -160,7 +161,7 @@ def _with_terminal(command: list[str], container: str, base: str, request: Reque
             if listener.fileno() not in {descriptor for descriptor, _ in poll.poll()}:
                 popen.wait()
                 message = failure(f"{base}.log")
-                raise LaunchError(message, runtime_code(message))
+                raise LaunchError(explain(message), runtime_code(message))
             connection, _ = listener.accept()
             with connection:
                 _, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm.config import Config
-from fcvm.errors import UsageError
+from fcvm.errors import HostError, UsageError
 
 KVM_DEVICE = Path("/dev/kvm")
 
@@ -28,11 +28,15 @@ KVM_API_VERSION = 12  # the only one since Linux 2.6.22
 
 @dataclass(frozen=True, slots=True)
 class Kvm:
-    """Whether Firecracker can run guests here; if not, ``reason`` says why in one sentence, ``hint`` what helps."""
+    """Whether Firecracker can run guests here; if not, ``reason`` says why in one sentence, ``hint`` what helps.
+
+    ``forbidden``: all that is missing is this user's permission.
+    """
 
     usable: bool
     reason: str
     hint: str | None = None
+    forbidden: bool = False
 
 
 @functools.cache
@@ -66,9 +70,7 @@ def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], ma
     except FileNotFoundError:
         return Kvm(False, f"{device} does not exist: the kernel's KVM is not loaded.", f"sudo modprobe {module}")
     except PermissionError:
-        return Kvm(
-            False, f"You may not open {device}.", "sudo usermod -aG kvm $USER, then log in again (or run as root)"
-        )
+        return Kvm(False, f"You may not open {device}.", FORBIDDEN_HINT, forbidden=True)
     except OSError as error:
         return Kvm(False, f"{device} cannot be opened: {error.strerror}.", f"sudo modprobe {module}")
     try:
@@ -114,18 +116,30 @@ def nesting(parameters: Path = Path("/sys/module"), machine: str | None = None, 
     return Kvm(False, "The kernel does not say whether nested virtualization is on.", "sudo modprobe kvm_intel || sudo modprobe kvm_amd")
 
 
+FORBIDDEN_HINT = (
+    "sudo usermod -aG kvm $USER, then log in again; or FCVM_MACHINE=always, which emulates a host and is slower"
+)
 NO_EXTENSION_HINT = "turn on virtualization in the firmware; on a virtual machine, nested virtualization where it runs"
+
+
+def need_kvm() -> None:
+    """Raise HostError, with what helps, if Firecracker cannot run guests here."""
+    state = kvm()
+    if not state.usable:
+        raise HostError(state.reason, hint=state.hint or "fcvm doctor")
 
 
 def uses_machine(config: Config) -> bool:
     """Whether VM commands are to be forwarded to the machine.
+
+    Not just because the user may not open a /dev/kvm that works: that is mended in a minute, and emulation is slow for ever.
 
     Raises:
         UsageError: the setting ``machine`` has an unknown value.
     """
     if config.machine not in ("auto", "always", "never"):
         raise UsageError(f"The setting machine is {config.machine!r} instead of auto, always or never.")
-    return config.machine == "always" or (config.machine == "auto" and not kvm().usable)
+    return config.machine == "always" or (config.machine == "auto" and not kvm().usable and not kvm().forbidden)
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

@@ -15,6 +15,7 @@ from fc_agent import container, exec, health, linux
 from fc_agent.attach import Attached
 from fc_agent.channel import STDERR, STDOUT
 from fc_agent.control import Control
+from fc_agent.failures import explain
 from fc_agent.protocol import ContainerPlan, HealthPlan, VolumePlan
 from fc_agent.session import LaunchError
 
@@ -280,3 +281,25 @@ def test_control_tells_its_whole_state_on_every_connection(tmp_path: Path) -> No
 
 def test_uptime_grows() -> None:
     assert 0 < linux.uptime() <= linux.uptime()
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (
+            "crun: executable file `x` not found in $PATH: No such file or directory: OCI runtime attempted to invoke a command "
+            "that was not found",
+            "There is no program x in the container.",
+        ),
+        ("executable file `/no/such` not found: No such file or directory", "There is no program /no/such in the container."),
+        (
+            "crun: the path `/etc/passwd` exists but it is not executable: Operation not permitted: OCI permission denied",
+            "/etc/passwd in the container is not executable.",
+        ),
+        ('workdir "/nope" does not exist on container a5fb5a24', "There is no directory /nope in the container."),
+        ("unable to find user nobodyx: no matching entries in passwd file", "There is no user nobodyx in the container."),
+        ("crun: something odd: OCI runtime error", "Something odd."),
+    ],
+)
+def test_what_podman_says_in_one_sentence(said: str, meant: str) -> None:
+    assert explain(said) == meant

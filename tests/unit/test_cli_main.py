@@ -59,6 +59,14 @@ def test_global_options_may_stand_before_the_command() -> None:
         (["podman", "run", "--env", "=1", "x"], "--env"),
         (["podman", "run", "--env-file", "/no/such", "x"], "/no/such"),
         (["podman", "run", "--kernel", "/no/such", "x"], "/no/such"),
+        (["podman", "run", "--kernel", "/etc/passwd", "x"], "not an uncompressed kernel"),
+        (["podman", "run", "--nonsense", "x"], "--nonsense"),
+        (["podman", "run", "--env", "1A=2", "x"], "--env"),
+        (["podman", "run", "--label", "novalue", "x"], "--label"),
+        (["podman", "run", "--stop-timeout", "-1", "x"], "--stop-timeout"),
+        (["podman", "run", "--pull", "sometimes", "x"], "--pull"),
+        (["podman", "run", "--cmd", "echo 'open", "x"], "--cmd"),
+        (["podman", "run", "--scratch-size", "none", "x"], "--scratch-size"),
         (["podman", "run", "--publish", "a:b", "x"], "--publish"),
         (["podman", "run", "--network", "moon", "x"], "moon"),
         (["podman", "run", "--health-check", "localhost", "x"], "--health-check"),
@@ -78,11 +86,16 @@ def test_wrong_words_are_one_sentence_with_a_hint_and_125(words: list[str], mess
     done = fcvm(*words, base=tmp_path)
     assert done.returncode == 125, done.stderr
     assert done.stdout == ""
-    first, *rest = done.stderr.strip().splitlines()
+    first, hint = done.stderr.strip().splitlines()
     assert first.startswith("error: ")
+    assert first.endswith(".")
     assert message in first
-    assert all(line.startswith("hint: ") for line in rest)
-    assert "Traceback" not in done.stderr
+    assert hint.startswith("hint: ")
+
+
+def test_the_hint_for_a_wrong_option_is_the_help_of_its_command(tmp_path: Path) -> None:
+    assert "hint: fcvm podman run --help" in fcvm("podman", "run", "--nonsense", "x", base=tmp_path).stderr
+    assert "hint: fcvm ls --help" in fcvm("ls", "--nonsense", base=tmp_path).stderr
 
 
 def test_without_setup_it_says_so(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fcvm import config, host
 from fcvm.cli import doctor
 from fcvm.cli.context import Context
 from fcvm.config import Config
-from fcvm.errors import UsageError
+from fcvm.errors import HostError, UsageError
 from fcvm.setup import checks
 from fcvm.setup.checks import Check
 
@@ -70,6 +70,15 @@ def test_when_the_machine_is_used(
 ) -> None:
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(usable, "because"))
     assert host.uses_machine(dataclasses.replace(settings, machine=setting)) is expected
+
+
+def test_a_kvm_without_permission_is_no_reason_to_emulate(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "kvm", lambda: host.Kvm(False, "You may not.", "sudo this", forbidden=True))
+    assert not host.uses_machine(dataclasses.replace(settings, machine="auto"))
+    assert host.uses_machine(dataclasses.replace(settings, machine="always"))
+    with pytest.raises(HostError, match="You may not") as raised:
+        host.need_kvm()
+    assert raised.value.hint == "sudo this"
 
 
 def test_an_unknown_setting_for_the_machine_is_refused(settings: Config) -> None:

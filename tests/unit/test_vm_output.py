@@ -51,6 +51,18 @@ def test_prefixes_begin_every_line_once(tmp_path: Path, capfd) -> None:
     assert err == "[ctr:err] bad\n"
 
 
+def test_streams_on_one_terminal_share_no_line(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.samestat", lambda *_: True)
+    output = Output(tmp_path / LOG, 1 << 20, show=True, prefix=True)
+    output.write("stdout", b"half")
+    output.write("stderr", b"whole\n")
+    output.write("stdout", b" a line\n")
+    output.close()
+    out, err = capfd.readouterr()
+    assert out == "[ctr:out] half[ctr:out]  a line\n"
+    assert err == "\n[ctr:err] whole\n"
+
+
 def test_following_ends_with_the_container_and_survives_rotation(tmp_path: Path) -> None:
     output = Output(tmp_path / LOG, 1 << 20, show=False, prefix=False)
     output.write("stdout", b"before\n")

@@ -47,6 +47,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message[:1].upper() + message[1:] + ".", hint=f"{self.prog} --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but unknown words are an error of the command that they were given to, whose help is the hint."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"there is no option {unknown[0]}" if unknown[0].startswith("-") else f"unexpected: {unknown[0]!r}")
+        return known, unknown
+
 
 def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
     """The parser; only ``command``'s own arguments are filled in, unless ``all_commands`` are asked for."""

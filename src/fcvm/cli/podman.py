@@ -13,6 +13,9 @@ from fcvm.storage.layout import Layout
 
 WHERE = "vms"
 
+ENTRYPOINT_HINT = """--entrypoint '["nginx", "-t"]', or --entrypoint nginx"""
+ELF = b"\x7fELF"
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="run", required=True, title="commands")
@@ -112,10 +115,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace, context: Context) -> None:
     """Check everything, resolve the image to its disk, and leave ``args.spec``, plain JSON, for ``run``."""
-    from fcvm import setup
+    from fcvm import host, setup
     from fcvm.vm.spec import ImageUse, RunSpec
 
     draft = _check(args, context)
+    if not host.uses_machine(context.config):
+        host.need_kvm()
     if args.setup:
         from fcvm.setup import progress
 
@@ -160,11 +165,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
     for path in args.env_file:
         env |= values.env_file(path)
     env |= values.pairs(args.env, "--env", environ=os.environ)
-    kernel = os.path.abspath(args.kernel) if args.kernel else None
-    if kernel and not os.path.isfile(kernel):
-        raise NotFoundError(
-            f"There is no kernel at {kernel}.", hint="--kernel takes the path of an uncompressed vmlinux"
-        )
+    kernel = _kernel(args.kernel) if args.kernel is not None else None
     mapped = volumes.parse_all(args.map)
     default_memory = config.mem * (profile.DEFAULT_MEMORY if args.inception else 1)
     name = state.check_name(args.name) if args.name is not None else f"vm-{state.new_id()[:8]}"
@@ -217,6 +218,19 @@ def _nested_disk(context: Context, draft: dict[str, Any]) -> str:
         return str(disk.ensure(context.layout, assets, shown))
 
 
+def _kernel(path: str) -> str:
+    """``--kernel`` as an absolute path, if it is one that Firecracker can boot."""
+    hint = f"file {path}; --kernel takes an uncompressed ELF kernel (vmlinux)"
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(ELF))
+    except OSError as error:
+        raise NotFoundError(f"The kernel {path} cannot be read: {error.strerror}.", hint=hint) from error
+    if begins != ELF and os.uname().machine == "x86_64":  # on arm64 it is the flat Image
+        raise UsageError(f"{path} is not an uncompressed kernel.", hint=hint)
+    return os.path.abspath(path)
+
+
 def _entrypoint(text: str | None) -> list[str] | None:
     """``--entrypoint`` as Podman takes it: one program, or a JSON array; the empty string clears the image's."""
     if text is None:
@@ -227,9 +241,9 @@ def _entrypoint(text: str | None) -> list[str] | None:
         try:
             words = json.loads(text)
         except ValueError as error:
-            raise UsageError(f"--entrypoint {text!r} is not a JSON array: {error}.") from error
+            raise UsageError(f"--entrypoint {text!r} is not a JSON array: {error}.", hint=ENTRYPOINT_HINT) from error
         if not all(isinstance(word, str) for word in words):
-            raise UsageError(f"--entrypoint {text!r} is not an array of strings.")
+            raise UsageError(f"--entrypoint {text!r} is not an array of strings.", hint=ENTRYPOINT_HINT)
         return list(words)
     return [text] if text else []
 

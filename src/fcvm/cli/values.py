@@ -59,7 +59,7 @@ def env_file(path: str) -> dict[str, str]:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise NotFoundError(
-            f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}."
+            f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}.", hint=f"ls -l {path}"
         ) from error
     result = {}
     for number, line in enumerate(lines, 1):
@@ -67,7 +67,7 @@ def env_file(path: str) -> dict[str, str]:
             continue
         key, equals, value = line.lstrip().partition("=")
         if not _KEY.fullmatch(key.strip()):
-            raise UsageError(f"Line {number} of {path} is not KEY=VALUE: {line.strip()!r}.")
+            raise UsageError(f"Line {number} of {path} is not KEY=VALUE: {line.strip()!r}.", hint=f"sed -n {number}p {path}")
         if equals:
             result[key.strip()] = value
         elif key.strip() in os.environ:
@@ -101,4 +101,6 @@ def words(text: str, option: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"{option} {text!r} cannot be split into words: {error}.") from error
+        raise UsageError(
+            f"{option} {text!r} cannot be split into words: {str(error).lower()}.", hint=f"{option} \"echo 'two words'\""
+        ) from error

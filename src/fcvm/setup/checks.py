@@ -75,7 +75,8 @@ def kvm(config: Config, machine: bool) -> Check:
             f"{state.reason} VMs run in an emulated host, the machine: slower, otherwise the same.",
             state.hint,
         )
-    return Check("KVM", "fail", f"{state.reason} The setting machine={config.machine} forbids the machine.", state.hint)
+    never = " The setting machine=never forbids the machine." if config.machine == "never" else ""
+    return Check("KVM", "fail", state.reason + never, state.hint)
 
 
 def qemu() -> Check:

@@ -48,6 +48,7 @@ class Output:
         self.begun = False
         self.on_first = on_first
         self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
+        self.one_place = prefix and os.path.samestat(os.fstat(1), os.fstat(2))
 
     def write(self, stream: str, data: bytes) -> None:
         """One chunk of ``stream``. Raises BrokenPipeError, once, if our reader has gone."""
@@ -65,6 +66,10 @@ class Output:
     def _prefixed(self, stream: str, data: bytes) -> bytes:
         mark = b"[ctr:out] " if stream == "stdout" else b"[ctr:err] "
         start = b"" if self.line_open[stream] else mark
+        other = "stderr" if stream == "stdout" else "stdout"
+        if self.one_place and self.line_open[other]:  # both on one terminal: no line is shared
+            start = b"\n" + start
+            self.line_open[other] = False
         self.line_open[stream] = not data.endswith(b"\n")
         body, end = (data, b"") if self.line_open[stream] else (data[:-1], b"\n")
         return start + body.replace(b"\n", b"\n" + mark) + end

@@ -11,7 +11,6 @@ from typing import Any
 
 from fcvm import host, setup
 from fcvm.config import Config
-from fcvm.errors import HostError
 from fcvm.network import attach
 from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
@@ -30,9 +29,7 @@ class Killed(BaseException):
 def how_to_start(spec: RunSpec, config: Config) -> Start:
     """The quickest start there is for ``spec``."""
     layout = Layout(config.base_dir)
-    kvm = host.kvm()
-    if not kvm.usable:
-        raise HostError(kvm.reason, hint=kvm.hint or "fcvm doctor")
+    host.need_kvm()
     return boot_snapshot.choose(spec, setup.find(config, layout), layout)
 
 

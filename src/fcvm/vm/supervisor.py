@@ -311,7 +311,7 @@ class Supervisor:
     def _on_hello_message(self, message: dict[str, Any]) -> None:
         known = message.get("state", {})
         if known.get("phase") == "waiting":
-            self.timings.mark("kernel and agent")
+            self.timings.mark("agent")
             if self._phase == "starting" and self._start.captures:
                 self._phase = "warming"
                 self._deadline = time.monotonic() + self._start.timeout
@@ -366,6 +366,7 @@ class Supervisor:
         self.entry.update(health=str(message.get("status")))
 
     def _on_exit_message(self, message: dict[str, Any]) -> None:
+        self.timings.mark("end")
         self._exit = message
         self.entry.update(status="stopping", health="stopped")
 
@@ -423,7 +424,7 @@ class Supervisor:
         if exit.get("message"):
             if code in (125, 126, 127) and self._phase == "planned":
                 raise ContainerError(str(exit["message"]), exit_code=code, hint=exit.get("hint"))
-            log.warning(str(exit["message"]))
+            log.warning(f"{exit['message']}{self.firecracker.console.quote(5)}")
         return code
 
 
