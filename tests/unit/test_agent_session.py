@@ -8,6 +8,7 @@ import random
 import select
 import signal
 import socket
+import struct
 import sys
 import termios
 import threading
@@ -445,6 +446,23 @@ def test_a_server_that_talks_nonsense_is_an_error() -> None:
     theirs.sendall(b'{"session": "x", "received": 0}\n' + b"\xff" * 100)
     with theirs, pytest.raises(AgentError, match="protocol"):
         stream(lambda: ours, shell("true"), stdin=None, on_output=Collector())
+
+
+def test_a_server_that_is_slow_to_start_the_process_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcvm.agent.session.OPENING_TIME", 0.05)  # what is enough to find a session again
+    ours, theirs = socket.socketpair()
+    payload = b'{"code": 3}'
+
+    def answer() -> None:
+        theirs.recv(1000)
+        assert not select.select([theirs], [], [], 0.3)[0]  # it waits
+        theirs.sendall(b'{"session": "x", "received": 0}\n' + struct.pack(">BI", 8, len(payload)) + payload)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    with theirs:
+        assert stream(lambda: ours, shell("true"), stdin=None, on_output=Collector()).code == 3
+        thread.join()
 
 
 class Cutter:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fcvm.cli.main import COMMANDS, build, load, requested
+from fcvm.storage.layout import Layout
+from fcvm.vm.state import Record, write
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "FCVM_MACHINE": "never"}
 
@@ -130,6 +132,25 @@ def test_completions_are_shell_code(shell: str) -> None:
 def test_the_shell_gets_commands_and_options() -> None:
     completer = {"_ARGCOMPLETE": "1", "COMP_LINE": "fcvm podman run --ent", "COMP_POINT": "21", "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout"}
     assert "--entrypoint" in fcvm(env=completer).stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [("fcvm stop w", True), ("fcvm logs w", True), ("fcvm rm w", True), ("fcvm exec w", True), ("fcvm exec web w", False)],
+)
+def test_the_shell_gets_the_names_of_vms(tmp_path: Path, line: str, names: bool) -> None:
+    record = Record("0123456789ab", "web", 1, "running", "healthy", "image", 0.0, 1, 512)
+    write(Layout(tmp_path), record)
+    completer = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout"}
+    assert ("web" in fcvm(env=completer, base=tmp_path).stdout) is names
+
+
+def test_podman_run_says_when_setup_was_not_done(tmp_path: Path) -> None:
+    settings = {"FCVM_MACHINE": "always", "FCVM_DEBIAN_SUITE": "none-such"}  # so that what this host has does not fit
+    done = fcvm("podman", "run", "x", base=tmp_path, env=settings)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith(f"error: fcvm is not set up in {tmp_path}: ")
+    assert done.stderr.endswith("hint: fcvm setup\n")
 
 
 def test_all_commands_can_be_built_at_once() -> None:

@@ -218,7 +218,7 @@ def test_a_terminal() -> None:
 
 
 def test_timings_name_every_stage() -> None:
-    done = fcvm("podman", "run", "--timings", "--no-snapshot", DEMO, "--", "echo", "hi")
+    done = fcvm("podman", "run", "--timings", "--no-snapshot", DEMO, "--", "sh", "-c", "echo hi; sleep 1")
     assert (done.returncode, done.stdout) == (0, b"hi\n")
     rows = [line.split("  ")[0] for line in done.stderr.decode().splitlines()]
     expected = ["network", "disks", "spawn", "configure", "kernel", "agent", "podman", "first output", "end"]

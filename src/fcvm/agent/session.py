@@ -22,7 +22,8 @@ from fc_agent.channel import Channel, ChannelError
 from fcvm.agent import terminal as tty
 from fcvm.errors import AgentError
 
-OPENING_TIME = 30.0  # seconds that the server may take to start the process
+OPENING_TIME = 30.0  # seconds that the server may take to find a session
+LAUNCH_TIME = 600.0  # seconds that it may take to start a process: a hundred at once, in an emulated guest, take minutes
 FAREWELL_TIME = 1.0  # seconds to tell the server that we give up
 PATIENCE = 30.0  # seconds to look for a server that we had a connection to
 
@@ -193,7 +194,7 @@ class Client:
             message = {"resume": self._request.session, "received": None}
         connection = self._connect()
         try:
-            answer, rest = self._ask(connection, message)
+            answer, rest = self._ask(connection, message, LAUNCH_TIME)
         except OSError as error:
             connection.close()
             raise AgentError(f"The agent did not answer: {error}.") from error
@@ -208,8 +209,10 @@ class Client:
         self._channel.attach(connection, peer_received=_count(answer, "received"), rest=rest)
         return None
 
-    def _ask(self, connection: socket.socket, message: dict[str, object]) -> tuple[dict[str, object], bytes]:
-        connection.settimeout(OPENING_TIME)
+    def _ask(
+        self, connection: socket.socket, message: dict[str, object], timeout: float = OPENING_TIME
+    ) -> tuple[dict[str, object], bytes]:
+        connection.settimeout(timeout)
         wire.send_line(connection, message)
         return wire.read_line(connection)
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from fcvm.agent import session, vsock
 from fcvm.cli import target, values
+from fcvm.cli.completions import first_is_vm
 from fcvm.cli.context import Context
 from fcvm.errors import ContainerError, UsageError
 from fcvm.vm import paths, state
@@ -33,7 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--user", "-u", metavar="USER[:GROUP]", help="user of the command (default: the container's)")
     add("--workdir", "-w", metavar="DIR", help="working directory (default: the container's)")
     add("--privileged", action="store_true", help="all capabilities")
-    add("words", nargs=argparse.REMAINDER, metavar="NAME [--] COMMAND ...", help="the VM, then the command")
+    words = add("words", nargs=argparse.REMAINDER, metavar="NAME [--] COMMAND ...", help="the VM, then the command")
+    words.completer = first_is_vm  # type: ignore[attr-defined]
     parser.set_defaults(parser=parser)
 
 

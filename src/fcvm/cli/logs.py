@@ -3,6 +3,7 @@
 import argparse
 
 from fcvm.cli import target
+from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
 from fcvm.errors import UsageError
 from fcvm.vm import output, state
@@ -14,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     target.configure(parser)
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the container ends")
     parser.add_argument("--console", action="store_true", help="the VM's console instead: kernel and agent")
-    parser.add_argument("words", nargs="*", metavar="NAME")
+    parser.add_argument("words", nargs="*", metavar="NAME").completer = vm_names  # type: ignore[attr-defined]
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:

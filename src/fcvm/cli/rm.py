@@ -2,6 +2,7 @@
 
 import argparse
 
+from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
 from fcvm.errors import ConflictError, UsageError
 from fcvm.vm import state
@@ -11,7 +12,7 @@ WHERE = "vms"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", "-a", action="store_true", help="all that have ended")
-    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME").completer = vm_names  # type: ignore[attr-defined]
 
 
 def run(args: argparse.Namespace, context: Context) -> int:

@@ -3,6 +3,7 @@
 import argparse
 
 from fcvm.cli import target
+from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
 from fcvm.cli.values import number
 from fcvm.vm import rpc, state
@@ -16,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--timeout", "-t", "--time", metavar="SECONDS", help="from stop signal to kill (default: the VM's own)"
     )
     parser.add_argument("--all", "-a", action="store_true", help="all VMs that run")
-    parser.add_argument("words", nargs="*", metavar="NAME")
+    parser.add_argument("words", nargs="*", metavar="NAME").completer = vm_names  # type: ignore[attr-defined]
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:

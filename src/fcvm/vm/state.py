@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -96,7 +95,7 @@ class Registration:
 
 def new_id() -> str:
     """A fresh VM id: twelve hexadecimal digits."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()  # as secrets.token_hex, whose import costs every command 3 ms
 
 
 def register(layout: Layout, record: Record) -> Registration:

@@ -143,6 +143,7 @@ class Supervisor:
                 try:
                     self._acquire(stack)
                     self._loop()
+                    self.timings.mark("end")
                 except FcvmError as error:
                     self._answer_waiting(rpc.failure(error))
                     raise
@@ -366,7 +367,6 @@ class Supervisor:
         self.entry.update(health=str(message.get("status")))
 
     def _on_exit_message(self, message: dict[str, Any]) -> None:
-        self.timings.mark("end")
         self._exit = message
         self.entry.update(status="stopping", health="stopped")
 
