@@ -223,8 +223,13 @@ class NodeTable:
                 break
             way.append(parent)
         fd = way.pop().fd if way[-1].fd is not None else None
-        for step in reversed(way):
-            fd = step.fd or self._open_in(step, fd)
+        try:
+            for step in reversed(way):
+                fd = step.fd or self._open_in(step, fd)
+        except OSError:  # a directory above it is not where it was
+            if node.handle is None:
+                raise
+            fd = self._open_in(node, None)
         assert fd is not None
         return fd
 
