@@ -40,7 +40,7 @@ def _mount(volume: VolumePlan, place: str, source: str) -> None:
         try:
             Relay(_connector(volume.port), place, channels=CHANNELS, source=source).mount()
             return
-        except (ConnectionLost, ConnectionError):
+        except (ConnectionLost, ConnectionError, TimeoutError):
             if attempt == ATTEMPTS - 1:
                 raise
 

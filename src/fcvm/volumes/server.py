@@ -1,8 +1,9 @@
 """The process that serves one VM's volumes: ``python -m fcvm.volumes.server``, started by ``service.Volumes``.
 
-Its stdin is a socket to its owner. The first line is the job; then every line ``{"op": "save"}`` is answered by one line
-with the state of all volumes. The end of that connection is the end of this process. What the guest's mounts know is in
-journals, so whoever kills this process and starts another one costs the guest a pause only.
+Its stdin is a socket to its owner. The first line is the job, answered by an empty line when all is served; then every
+line ``{"op": "save"}`` is answered by one line with the state of all volumes. The end of that connection is the end of
+this process. What the guest's mounts know is in journals, so whoever kills this process and starts another one costs the
+guest a pause only.
 
     {"volumes": [{"root": PATH, "read_only": BOOL, "owner": [UID, GID], "listener": FD, "journals": PATH}, ...],
      "states": PATH of a snapshot's volumes.json, or null}
@@ -33,6 +34,8 @@ def main() -> None:
         job = json.loads(lines.readline())
         states = _states(job["states"], len(job["volumes"]))
         servers = [start(volume, state) for volume, state in zip(job["volumes"], states, strict=True)]
+        lines.write(b"\n")
+        lines.flush()
         for line in lines:
             assert json.loads(line) == {"op": "save"}
             lines.write(json.dumps([server.save() for server in servers]).encode() + b"\n")

@@ -27,9 +27,9 @@ from fcvm.volumes.spec import Volume
 
 JOURNALS = "volumes"
 LOG = "volumes.log"
-SETTLED = 10.0  # seconds; a process that lived as long did not end of what it found at its start
-HOPELESS = 3  # ends in a row sooner than that, after which the journals are given up
-PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds before the second start in a row, more before each further one
+HOPELESS = 3  # ends in a row before it was ready, after which the journals are given up
+SETTLED = 10.0  # seconds; one that ends sooner is not started again at once:
+PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds before the second start in a row, more before each further one
 SAVE_TIME = 60.0  # seconds; it takes milliseconds natively
 
 
@@ -119,29 +119,30 @@ class Volumes:
 
     def _run(self) -> None:
         """Start the process, again and again."""
-        quick = 0  # ends in a row that came soon after the start
+        quick = failed = 0  # ends in a row that came soon; or even before it was ready
         while not self._closing.wait(min(PAUSE * max(0, quick - 1), LONGEST_PAUSE)):
             begun = time.monotonic()
             try:
-                code = self._serve()
+                code, ready = self._serve()
+                end = f"ended ({code})"
             except OSError as error:  # no memory, no descriptors: they may come back
-                log.warning(f"the server of the volumes cannot be started: {error}")
-                code = 1
+                ready, end = True, f"cannot be started: {error}"
             if self._closing.is_set():
                 return
             if self._reset:
-                self._reset, quick = False, 0
+                self._reset, quick, failed = False, 0, 0
                 self._forget()
                 continue
-            quick = quick + 1 if time.monotonic() - begun < SETTLED else 1
-            log.warning(f"the server of the volumes ended ({code}); it is started again")
-            if quick == HOPELESS:
+            quick = quick + 1 if time.monotonic() - begun < SETTLED else 0
+            failed = 0 if ready else failed + 1
+            log.warning(f"the server of the volumes {end}; it is started again")
+            if failed == HOPELESS:
                 log.warning("files that were open in volumes are lost")
                 self._states = None
                 self._forget()
 
-    def _serve(self) -> int:
-        """Start the process, wait for its end, and return its exit code."""
+    def _serve(self) -> tuple[int, bool]:
+        """Start the process, wait for its end; its exit code, and whether it was ready."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs, open(self._directory / LOG, "ab") as errors:
@@ -157,16 +158,18 @@ class Volumes:
                 self._process = process
                 if self._closing.is_set() or self._reset:
                     process.kill()
+            ready = False
             with contextlib.suppress(OSError):  # it has ended already
                 ours.sendall(json.dumps(self._job()).encode() + b"\n")
+                ready = ours.recv(1) == b"\n"
             with self._changed:
-                self._control = ours
+                self._control = ours if ready else None
                 self._changed.notify_all()
             code = process.wait()
             with self._changed:
                 self._process = self._control = None
                 self._changed.notify_all()
-        return code
+        return code, ready
 
     def _job(self) -> dict[str, Any]:
         volumes = [
