@@ -1,0 +1,147 @@
+"""--map with real guests: live in both directions, kept when the server dies.
+
+The container of ``source`` reads a line every moment from a file of one volume and writes its VM's name and the line into a
+file of another one, all through descriptors that it opened once; what it writes into a third one may fail.
+"""
+
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from vm.conftest import DEMO, fcvm, ok, running, vm
+
+from fcvm import host
+from fcvm.config import load
+
+SCRIPT = """
+trap exit TERM
+exec 3>>/rw/log 4</ro/lines 5>>/rw/nested/gone
+while read line <&4; do
+    echo "$(hostname) $line" >&3
+    echo $line >&5 || echo "$(hostname) lost" >&3
+    sleep 0.3
+done
+"""
+
+# Kills the children of a process that serve volumes.
+KILL = """
+for p in /proc/[0-9]*; do
+    grep -q "^PPid:[[:space:]]*$1$" $p/status && grep -q fcvm.volumes.server $p/cmdline && kill -9 ${p#/proc/} && echo killed
+done 2>/dev/null; true
+"""
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        threading.Event().wait(0.1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volumes")
+
+
+@pytest.fixture(scope="module")
+def source(base: Path) -> Iterator[str]:
+    name = f"test-{secrets.token_hex(4)}"
+    for directory in ("rw", "ro", "gone"):
+        (base / directory).mkdir()
+    (base / "ro" / "lines").write_text("".join(f"{n}\n" for n in range(100_000)))
+    maps = [f"{base}/rw:/rw,{base}/ro:/ro:ro", f"{base}/gone:/rw/nested"]
+    ok("podman", "run", "-d", "--name", name, "--map", maps[0], "-v", maps[1], DEMO, "--", "sh", "-c", SCRIPT)
+    yield name
+    fcvm("stop", "-t", "0", name)
+
+
+def lines(base: Path, name: str) -> list[str]:
+    """What the container of the VM ``name`` wrote."""
+    log = base / "rw" / "log"
+    words = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [text for vm_name, text in words if vm_name == name]
+
+
+def goes_on(base: Path, name: str) -> int:
+    """Wait until the container of ``name`` has read and written three more lines; the number of the last."""
+    before = len(lines(base, name))
+    wait_for(lambda: len(lines(base, name)) >= before + 6, f"{name} to go on")
+    return int([line for line in lines(base, name) if line != "lost"][-1])
+
+
+def test_directories_files_and_odd_names(tmp_path: Path) -> None:
+    odd = tmp_path / "a b,c:d"
+    odd.mkdir()
+    (odd / "data").write_text("from the host\n")
+    (tmp_path / "single").write_text("a file\n")
+    escaped = str(odd).replace(",", r"\,").replace(":", r"\:")
+    script = (
+        "cat '/x y/data' /etc/single; echo from the guest > '/x y/made'; echo more >> /etc/single;"
+        "mv '/x y/made' '/x y/renamed'; mkdir '/x y/d'; ln -s data '/x y/d/link';"
+        "touch /ro/no; echo $?; echo no > /ro/data; echo $?; rm -f /ro/data; echo $?; cat /ro/data"
+    )
+    done = fcvm("podman", "run", "--map", rf"{escaped}:/x y,{escaped}:/ro:ro", "--map", f"{tmp_path}/single:/etc/single",
+                DEMO, "--", "sh", "-c", script)  # fmt: skip
+    assert done.stdout == b"from the host\na file\n1\n1\n1\nfrom the host\n", done.stderr
+    assert done.stderr.count(b"Read-only file system") == 3
+    assert (odd / "renamed").read_text() == "from the guest\n"
+    assert (odd / "renamed").stat().st_uid == odd.stat().st_uid
+    assert (odd / "d" / "link").readlink() == Path("data")
+    assert (tmp_path / "single").read_text() == "a file\nmore\n"
+
+
+def test_errors_come_before_anything_starts(tmp_path: Path) -> None:
+    for option, words in (
+        (f"{tmp_path}/missing:/x", b"cannot be mapped: No such file"),
+        (f"{tmp_path}:x", b"is not absolute"),
+        (f"{tmp_path}", b"is not HOST:GUEST"),
+    ):
+        done = fcvm("podman", "run", "--map", option, DEMO, "--", "true")
+        assert done.returncode == 125
+        assert words in done.stderr
+        assert b"hint:" in done.stderr
+
+
+def test_live_in_both_directions(source: str, base: Path) -> None:
+    goes_on(base, source)
+    found = vm(source)
+    assert found is not None
+    assert found["volumes"] == [
+        {"host": f"{base}/rw", "guest": "/rw", "read_only": False},
+        {"host": f"{base}/ro", "guest": "/ro", "read_only": True},
+        {"host": f"{base}/gone", "guest": "/rw/nested", "read_only": False},
+    ]
+    assert b"/ro:ro" in ok("ls")
+    path = base / "ro" / "news"
+    watch = 'until [ "$(cat /ro/news 2>/dev/null)" = "$0" ]; do sleep 0.1; done; echo "saw $0"'
+    with running("exec", source, "--", "sh", "-c", watch, "one") as seen:  # its absence was looked at and is cached
+        threading.Event().wait(2)
+        path.write_text("one\n")
+        assert seen.communicate(timeout=120)[0] == b"saw one\n"
+    with running("exec", source, "--", "sh", "-c", watch, "two") as seen:
+        threading.Event().wait(2)
+        path.write_text("two\n")
+        assert seen.communicate(timeout=120)[0] == b"saw two\n"
+    path.unlink()
+    ok("exec", source, "--", "sh", "-c", "while [ -e /ro/news ]; do sleep 0.1; done")
+    ok("exec", source, "--", "sh", "-c", "echo synced > /rw/file; chmod 640 /rw/file")
+    assert (base / "rw" / "file").read_text() == "synced\n"
+    assert (base / "rw" / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_server_that_is_killed_is_a_pause(source: str, base: Path) -> None:
+    found = vm(source)
+    assert found is not None
+    command = ["sh", "-c", KILL, "sh", str(found["pid"])]
+    if host.uses_machine(load({})):
+        assert ok("machine", "ssh", "--", *command) == b"killed\n"
+    else:
+        assert subprocess.run(command, check=True, capture_output=True).stdout == b"killed\n"
+    before = goes_on(base, source)
+    assert goes_on(base, source) > before
+    assert "lost" not in lines(base, source)
+    assert [int(n) for n in lines(base, source)] == list(range(len(lines(base, source))))
