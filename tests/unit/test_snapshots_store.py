@@ -52,14 +52,16 @@ def make(layout: Layout, tag: str, **changes: object) -> None:
         fill(directory, **changes)
 
 
-def test_only_the_newest_boot_snapshots_stay(layout: Layout) -> None:
+@pytest.mark.parametrize(("kind", "other"), [("boot", "warm"), ("warm", "boot")])
+def test_only_the_newest_boot_snapshots_and_warm_starts_stay(layout: Layout, kind: str, other: str) -> None:
     for number in range(boot_snapshot.KEPT + 2):
-        make(layout, f"boot-{number}", created_at=float(number), kind=boot_snapshot.KIND)
+        make(layout, f"it-{number}", created_at=float(number), kind=kind)
     make(layout, "mine", created_at=0.0)
-    with store.use(layout, "boot-0"):
-        boot_snapshot.trim(layout)
-    newest = [f"boot-{number}" for number in range(2, boot_snapshot.KEPT + 2)]
-    assert store.tags(layout) == ["boot-0", *newest, "mine"]
+    make(layout, "other", created_at=0.0, kind=other)
+    with store.use(layout, "it-0"):
+        boot_snapshot.trim(layout, kind)
+    newest = [f"it-{number}" for number in range(2, boot_snapshot.KEPT + 2)]
+    assert store.tags(layout) == ["it-0", *newest, "mine", "other"]
 
 
 def test_made_found_listed_removed(layout: Layout) -> None:

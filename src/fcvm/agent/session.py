@@ -67,8 +67,13 @@ class Request:
 class Resume:
     """Attach to a session that exists (``main`` is the container's own), as a new client: where the last one stopped."""
 
-    def __init__(self, session: str) -> None:
+    def __init__(self, session: str, on_resumed: Callable[[int], None] = lambda seen: None) -> None:
+        """
+        Arguments:
+            on_resumed: called before any output, with the number of frames that the last client has had.
+        """
         self.session = session
+        self.on_resumed = on_resumed
 
 
 class Exit:
@@ -207,6 +212,8 @@ class Client:
         # A new client of an old session takes over its predecessor's place in both directions.
         self._channel = Channel(sent=_count(answer, "received"), received=_count(answer, "from"))
         self._channel.attach(connection, peer_received=_count(answer, "received"), rest=rest)
+        if isinstance(self._request, Resume):
+            self._request.on_resumed(_count(answer, "from"))
         return None
 
     def _ask(

@@ -103,6 +103,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="begin lines with [ctr:out] or [ctr:err] (default: on a terminal)",
     )
     add("--no-snapshot", action="store_true", help="boot a kernel, even if there is a boot snapshot to start from")
+    add(
+        "--warm",
+        action="store_true",
+        help="start with the application up: from a snapshot taken when an identical run was healthy, or take it now",
+    )
     add("--timings", action="store_true", help="print how long each stage of the start took, on stderr")
     add("--setup", action="store_true", help="run `fcvm setup` first if something is missing")
     add(
@@ -161,6 +166,13 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         raise UsageError("--tty needs a terminal on stdin.", hint="use -i alone to pipe data in")
     if args.detach and args.interactive and not args.tty:
         raise UsageError("A detached container has no stdin.", hint="leave out -i or -d")
+    if args.warm and args.interactive:
+        raise UsageError(
+            "--warm and --interactive do not go together: the next run would have this one's input.",
+            hint="leave out -i",
+        )
+    if args.warm and args.no_snapshot:
+        raise UsageError("--warm and --no-snapshot contradict each other.", hint="leave one of them out")
     env: dict[str, str] = {}
     for path in args.env_file:
         env |= values.env_file(path)
@@ -202,6 +214,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "dns": args.dns,
         "volumes": profile.with_images(mapped, context.layout) if args.inception else mapped,
         "snapshot": not args.no_snapshot,
+        "warm": args.warm,
         "timings": args.timings,
     }
 

@@ -111,13 +111,19 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
     with contextlib.closing(Clone(layout, pid, wanted)) as clone:
         directory = layout.base / "vms" / clone.started()["id"]
         connect = partial(vsock.connect, directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
-        end = session.stream(
-            connect,
-            session.Request(command),
-            stdin=None,
-            on_output=session.to_descriptors(1, 2),
-            signals=session.FORWARDED,
-        )
+        try:
+            end = session.stream(
+                connect,
+                session.Request(command),
+                stdin=None,
+                on_output=session.to_descriptors(1, 2),
+                signals=session.FORWARDED,
+            )
+        except (FileNotFoundError, ConnectionRefusedError):
+            clone.exit()  # says so if it failed
+            raise ConflictError(
+                "The clone has ended.", hint=f"fcvm snapshot run --pid {pid} shows its output"
+            ) from None
         if wanted.name is not None:  # whoever names a clone may use the name again: see it gone
             clone.ask("kill")
             with contextlib.suppress(ConflictError):

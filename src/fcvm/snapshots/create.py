@@ -58,12 +58,15 @@ def take(
     vmm: Firecracker,
     manifest: Manifest,
     volumes: SaveVolumes = list,
+    *,
+    fill: Callable[[Path], None] = lambda directory: None,
 ) -> Timings:
     """Take and publish the snapshot ``tag`` of a running VM, which goes on, whatever happens here.
 
     Arguments:
         manifest: what it is of.
         volumes: gives the state of its mapped host directories, while it stands still.
+        fill: puts more files into the snapshot's directory, once the VM runs again and before it is published.
 
     Raises:
         ConflictError: the tag is taken. Those of ``create``.
@@ -72,6 +75,7 @@ def take(
         timings = create(vmm, vmm.directory, destination, volumes)
         try:
             manifest.write(destination)
+            fill(destination)
         except OSError as error:
             raise store.write_error(error, destination) from error
     return timings

@@ -8,7 +8,7 @@ from functools import partial
 from fcvm import setup
 from fcvm.agent import session, vsock
 from fcvm.config import Config
-from fcvm.errors import ContainerError
+from fcvm.errors import ConflictError, ContainerError
 from fcvm.snapshots import store
 from fcvm.snapshots.client import Wanted
 from fcvm.storage.layout import Layout
@@ -77,11 +77,20 @@ def execute(
     target: str = "container",
     signals: Sequence[int] = (),
 ) -> session.Exit:
-    """Run a command in a clone's container (or, with ``target`` "vm", in its guest OS)."""
+    """Run a command in a clone's container (or, with ``target`` "vm", in its guest OS).
+
+    Raises:
+        ConflictError: the clone has ended.
+    """
     connect = partial(vsock.connect, supervisor.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
-    return session.stream(
-        connect, session.Request(command, target=target), stdin=None, on_output=on_output, signals=signals
-    )
+    try:
+        return session.stream(
+            connect, session.Request(command, target=target), stdin=None, on_output=on_output, signals=signals
+        )
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise ConflictError(
+            f"The clone {supervisor.spec.name!r} has ended.", hint="fcvm snapshot run --snapshot TAG shows its output"
+        ) from error
 
 
 def _supervisor(

@@ -6,6 +6,7 @@
     scratch.img         the VM's writable disk at that moment
     volumes.json        the state of its mapped host directories
     working-set.json    optional, added later: pages to have ready at a restore (working_set.py)
+    output.log          optional: what a warm start's container had written (vm/warm.py)
 
 A snapshot is made in ``<tag>.creating`` and renamed. All locks are flocks on the directories themselves: its maker
 holds the exclusive one, everyone who restores from it a shared one, and removal needs the exclusive one, so a
@@ -35,6 +36,7 @@ MEMORY = "memory.bin"
 SCRATCH = "scratch.img"
 VOLUMES = "volumes.json"
 WORKING_SET = "working-set.json"
+OUTPUT = "output.log"
 REQUIRED = (manifests.NAME, VMSTATE, MEMORY, SCRATCH, VOLUMES)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 KIND = "boot"
-KEPT = 8  # boot snapshots: each takes some 200 MB, and every agent, kernel, image and size has its own
+KEPT = 8  # of a kind: each takes some 200 MB, and every agent, kernel, image and size has its own
 RESTORE_TIMEOUT = 60.0  # seconds until the agent of a restored guest is back; it takes a few, under emulation
 
 
@@ -66,7 +66,7 @@ class BootAndCapture(Boot):
         except FcvmError as error:  # a full disk, say: the run itself goes on
             log.warning(f"the boot snapshot could not be taken: {error.message}")
             return False
-        trim(vm.layout)
+        trim(vm.layout, KIND)
         log.debug(f"took {name} ({took.kind}) in {took.paused:.3f} s")
         vm.timings.mark("boot snapshot")
         return True
@@ -99,7 +99,7 @@ class Restore(Boot):
 
     def another(self) -> Boot:
         """Now and then, under emulation, a vCPU of a restored guest never wakes up: then it is booted."""
-        return Boot(self.assets)
+        return Boot(self.assets, self.warm)
 
     def go(self, vm: "Supervisor") -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
@@ -109,10 +109,10 @@ class Restore(Boot):
         vm.timings.mark("resume")
 
 
-def trim(layout: Layout) -> None:
-    """Remove the oldest boot snapshots, so that ``KEPT`` stay; one in use stays as well."""
-    boots = [snapshot for snapshot in store.snapshots(layout) if snapshot.manifest.kind == KIND]
-    for snapshot in boots[:-KEPT]:
+def trim(layout: Layout, kind: str) -> None:
+    """Remove the oldest snapshots of a kind that can be made again, so that ``KEPT`` stay; one in use stays as well."""
+    found = [snapshot for snapshot in store.snapshots(layout) if snapshot.manifest.kind == kind]
+    for snapshot in found[:-KEPT]:
         with contextlib.suppress(FcvmError):
             store.remove(layout, snapshot.tag)
 

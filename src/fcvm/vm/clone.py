@@ -92,7 +92,7 @@ class Clone(Start):
     def timeout(self) -> float:
         return host.patience(RESTORE_TIMEOUT)
 
-    def another(self) -> "Clone | None":
+    def another(self) -> Start | None:
         """Load it once more: under emulation a vCPU of a restored guest may never wake up."""
         return None if self.again else replace(self, again=True)
 

@@ -15,6 +15,7 @@ from fcvm.firecracker import boot
 from fcvm.vm import paths
 
 if TYPE_CHECKING:
+    from fcvm.snapshots.create import Timings
     from fcvm.vm.supervisor import Supervisor
 
 Operation = Callable[["Supervisor", dict[str, Any]], dict[str, Any]]
@@ -33,6 +34,13 @@ def perform(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
 
 def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
     """Take the snapshot ``request["tag"]``; the VM goes on. The answer holds the times of ``create.Timings``."""
+    return {"timings": asdict(take(vm, str(request["tag"])))}
+
+
+def take(
+    vm: "Supervisor", tag: str, *, kind: str = "user", fill: Callable[[Path], None] = lambda directory: None
+) -> "Timings":
+    """Take a snapshot of the VM, which goes on; raises FcvmError. ``fill`` as in ``create.take``."""
     from fcvm.snapshots import create
     from fcvm.snapshots.manifest import Manifest, this_host
     from fcvm.vm.start import hardware
@@ -53,10 +61,10 @@ def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
         spec=vm.spec.to_json(),
         network=vm.network.spec.mode,
         protocol=PROTOCOL,
+        kind=kind,
         parent=vm.entry.record.snapshot,
     )
-    took = create.take(vm.layout, str(request["tag"]), vm.firecracker, manifest, vm.volumes.save)
-    return {"timings": asdict(took)}
+    return create.take(vm.layout, tag, vm.firecracker, manifest, vm.volumes.save, fill=fill)
 
 
 def _refuse_running_vms(vm: "Supervisor") -> None:

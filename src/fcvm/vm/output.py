@@ -7,6 +7,7 @@ line-oriented format it is exact for any bytes, and writing it costs one call a 
 import contextlib
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ class Output:
 
     Attributes:
         closed: our reader has gone (``write`` raised BrokenPipeError); what comes later is only logged.
+        chunks: how many have been written.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Output:
         self.closed = False
         self.begun = False
         self.on_first = on_first
+        self.chunks = 0
+        self.lock = threading.Lock()  # of the log and its count of chunks
         self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
         self.one_place = prefix and os.path.samestat(os.fstat(1), os.fstat(2))
 
@@ -55,7 +59,9 @@ class Output:
         if not self.begun:
             self.begun = True
             self.on_first()
-        self.log.write(RECORD.pack(time.time_ns(), _NUMBER[stream], len(data)) + data)
+        with self.lock:
+            self.log.write(packed(time.time_ns(), stream, data))
+            self.chunks += 1
         if self.show and not self.closed:
             try:
                 write_all(_NUMBER[stream], self._prefixed(stream, data) if self.prefix else data)
@@ -74,11 +80,21 @@ class Output:
         body, end = (data, b"") if self.line_open[stream] else (data[:-1], b"\n")
         return start + body.replace(b"\n", b"\n" + mark) + end
 
+    def kept(self) -> tuple[int, list[tuple[int, Stream, bytes]]]:
+        """How many chunks have been written, and the newest of them: all that the log still holds."""
+        with self.lock:
+            return self.chunks, list(read_log(self.log.path.parent))
+
     def close(self) -> None:
         """End a line left open behind a prefix, and the log."""
         if self.show and self.prefix and not self.closed and any(self.line_open.values()):
             os.write(1, b"\n")
         self.log.close()
+
+
+def packed(when: int, stream: str, data: bytes) -> bytes:
+    """A chunk as the log has it; ``when`` in nanoseconds since the epoch."""
+    return RECORD.pack(when, _NUMBER[stream], len(data)) + data
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -93,7 +109,7 @@ def read_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
     for path in (directory / f"{LOG}.1", directory / LOG):
         try:
             with open(path, "rb") as file:
-                yield from _records(file.fileno())
+                yield from records(file.fileno())
         except FileNotFoundError:
             continue
 
@@ -105,21 +121,21 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
     """
     with inotify.Watch(directory, _CHANGES) as watch:
         with contextlib.suppress(FileNotFoundError), open(directory / f"{LOG}.1", "rb") as old:
-            yield from _records(old.fileno())
+            yield from records(old.fileno())
         file = open(directory / LOG, "rb")  # noqa: SIM115
         try:
             while True:
-                yield from _records(file.fileno())
+                yield from records(file.fileno())
                 current, before = _inode(directory / LOG), _inode(directory / f"{LOG}.1")
                 ours = os.fstat(file.fileno()).st_ino
                 if current not in (ours, None):
-                    yield from _records(file.fileno())
+                    yield from records(file.fileno())
                     file.close()
                     # rotated twice since we looked: a whole file lies between ours and the current one
                     skipped = before not in (ours, None)
                     file = open(directory / (f"{LOG}.1" if skipped else LOG), "rb")  # noqa: SIM115
                 elif not directory.exists() or (directory / CLOSED).exists():
-                    yield from _records(file.fileno())
+                    yield from records(file.fileno())
                     return
                 else:
                     watch.wait(timeout=5.0)
@@ -135,7 +151,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _records(fd: int) -> Iterator[tuple[int, Stream, bytes]]:
+def records(fd: int) -> Iterator[tuple[int, Stream, bytes]]:
     """Whole records from the descriptor's position on; a half-written one is left for the next call."""
     while True:
         position = os.lseek(fd, 0, os.SEEK_CUR)

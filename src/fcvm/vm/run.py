@@ -14,7 +14,7 @@ from fcvm.config import Config
 from fcvm.network import attach
 from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, boot_snapshot, state
+from fcvm.vm import background, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -30,7 +30,7 @@ def how_to_start(spec: RunSpec, config: Config) -> Start:
     """The quickest start there is for ``spec``."""
     layout = Layout(config.base_dir)
     host.need_kvm()
-    return boot_snapshot.choose(spec, setup.find(config, layout), layout)
+    return warm.choose(spec, setup.find(config, layout), layout)
 
 
 def sweep(config: Config) -> None:

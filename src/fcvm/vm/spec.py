@@ -40,6 +40,7 @@ class RunSpec:
         kernel: path of a vmlinux on the user's host; None for the one from setup.
         log_prefix: None: only when stdout is a terminal.
         nested: path on the user's host of the disk for a VM that runs VMs itself; None for any other VM.
+        snapshot: whether to start from a boot snapshot; ``warm``: from one with the application up (vm/warm.py).
     """
 
     name: str
@@ -71,6 +72,7 @@ class RunSpec:
     timings: bool = False
     snapshot: bool = True
     nested: str | None = None
+    warm: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -68,6 +68,15 @@ class Start(ABC):
     def go(self, vm: "Supervisor") -> None:
         """Let the guest run."""
 
+    @property
+    def warm(self) -> str | None:
+        """Tag of the warm start that is to be taken once the container is healthy; None for none."""
+        return None
+
+    def resumed(self, vm: "Supervisor", seen: int) -> None:
+        """The container's streams go on behind ``seen`` frames, which the VM that the snapshot is of has had."""
+        return None
+
     def capture(self, vm: "Supervisor") -> bool:
         """Take the boot snapshot. Returns whether that broke the agent's connection: it then says hello again."""
         return False
@@ -82,6 +91,7 @@ class Boot(Start):
     """Boot a kernel with the assets from setup."""
 
     assets: Assets
+    warm: str | None = None
 
     def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""

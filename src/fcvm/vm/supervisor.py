@@ -31,7 +31,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, state
+from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -73,6 +73,7 @@ class Supervisor:
         self._on_started = on_started
         self._attachable = threading.Event()  # the container runs, or never will
         self._streams_ended = False
+        self._streams_broke: Exception | None = None
         self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._asks: list[dict[str, Any]] = []
         self._waking = threading.RLock()  # a signal handler may ask while its own thread does
@@ -84,6 +85,7 @@ class Supervisor:
         self._killing = False
         self._stop_sent = False
         self._unreachable: set[int] = set()  # published ports of which the user was told
+        self._warmed = False  # the container was healthy, and a warm start taken if one was wanted
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
     @property
@@ -109,12 +111,12 @@ class Supervisor:
                 connect = partial(
                     vsock.connect, self.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT
                 )
-                session.stream(
-                    connect, session.Resume("main"), stdin=stdin, on_output=self.output.write, terminal=terminal
-                )
+                main = session.Resume("main", on_resumed=lambda seen: self._start.resumed(self, seen))
+                session.stream(connect, main, stdin=stdin, on_output=self.output.write, terminal=terminal)
         except (AgentError, OSError) as error:
             if isinstance(error, BrokenPipeError) and self.output.closed:
                 raise
+            self._streams_broke = error
             log.debug(f"{self.spec.name}: the container's streams broke: {error}")  # the loop knows why the VM ended
         finally:
             self._streams_ended = True
@@ -259,7 +261,9 @@ class Supervisor:
         self._selector.unregister(self.firecracker.pidfd)
         self._vmm.close()
         self.volumes.restart()
-        for path in (*self.directory.glob("*.img"), self.directory / KERNEL, self.directory / paths.VSOCK):
+        for path in (*self.directory.glob("*.img"), *self.directory.glob("memory.*")):
+            path.unlink()
+        for path in (self.directory / KERNEL, self.directory / paths.VSOCK):
             path.unlink(missing_ok=True)
         self._start, self._phase = start, "starting"
         start.disks(self)
@@ -364,7 +368,11 @@ class Supervisor:
         self._on_started()
 
     def _on_health_message(self, message: dict[str, Any]) -> None:
-        self.entry.update(health=str(message.get("status")))
+        status = str(message.get("status"))
+        self.entry.update(health=status)
+        if status == "healthy" and self.running and not (self._warmed or self._stop_sent):
+            self._warmed = True
+            warm.capture(self, self._start.warm)
 
     def _on_exit_message(self, message: dict[str, Any]) -> None:
         self._exit = message
@@ -421,6 +429,10 @@ class Supervisor:
 
     def _result(self, exit: dict[str, Any]) -> int:
         code = int(exit.get("code", 125))
+        if self._streams_broke is not None and not self._killing:
+            raise AgentError(
+                f"The container ended with exit code {code}, but not all of its output could be read: {self._streams_broke}"
+            )
         if exit.get("message"):
             if code in (125, 126, 127) and self._phase == "planned":
                 raise ContainerError(str(exit["message"]), exit_code=code, hint=exit.get("hint"))

@@ -1,0 +1,123 @@
+"""Warm starts: what names one, and which of the first run's output comes again."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fcvm.setup import Assets
+from fcvm.snapshots import store
+from fcvm.snapshots.store import Snapshot
+from fcvm.storage.layout import Layout
+from fcvm.vm import boot_snapshot, warm
+from fcvm.vm.output import LOG, Output
+from fcvm.vm.spec import ImageUse, RunSpec
+from fcvm.vm.start import Boot
+
+IMAGE = ImageUse(reference="localhost/demo", id="sha256:1", digest="sha256:2", path="/nowhere.img")
+SPEC = RunSpec(name="one", image=IMAGE, command=["serve"], env={"A": "1"}, warm=True)
+NOWHERE = Path("/nowhere")
+ASSETS = Assets(NOWHERE, NOWHERE, "", NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE, "1.12.1")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": dataclasses.replace(IMAGE, digest="sha256:3")},
+        {"image": dataclasses.replace(IMAGE, id="sha256:3")},
+        {"command": ["serve", "-v"]},
+        {"command": None},
+        {"entrypoint": ["sh"]},
+        {"env": {"A": "2"}},
+        {"user": "1000"},
+        {"workdir": "/tmp"},
+        {"privileged": True},
+        {"tty": True},
+        {"health_check": "http://localhost/"},
+        {"dns": ["192.0.2.1"]},
+        {"volumes": ["/a:/b"]},
+        {"cpu": 1},
+        {"memory": 512},
+        {"scratch_size": 100},
+        {"kernel": "/vmlinux"},
+    ],
+)
+def test_whatever_shapes_the_container_is_in_the_name(changes: dict[str, object]) -> None:
+    assert warm.tag(dataclasses.replace(SPEC, **changes), ASSETS) != warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "two"},
+        {"publish": ["8080:80"]},
+        {"network": "none"},
+        {"detach": True},
+        {"remove": False},
+        {"log_prefix": True},
+        {"timings": True},
+        {"image": dataclasses.replace(IMAGE, reference="localhost/other", path="/elsewhere.img")},
+    ],
+)
+def test_whatever_is_a_runs_own_is_not(changes: dict[str, object]) -> None:
+    assert warm.tag(dataclasses.replace(SPEC, **changes), ASSETS) == warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Output]:
+    made = Output(tmp_path / LOG, 200, show=False, prefix=False)
+    yield made
+    made.close()
+
+
+def test_as_much_output_comes_again_as_the_guest_knows_to_have_been_taken(output: Output, tmp_path: Path) -> None:
+    output.write("stdout", b"one\n")
+    output.write("stderr", b"two\n")
+    output.write("stdout", b"three\n")
+    warm._keep(output, tmp_path / "kept")
+    assert list(warm._written(tmp_path / "kept", 3)) == [
+        ("stdout", b"one\n"),
+        ("stderr", b"two\n"),
+        ("stdout", b"three\n"),
+    ]
+    assert list(warm._written(tmp_path / "kept", 2)) == [("stdout", b"one\n"), ("stderr", b"two\n")]
+    assert list(warm._written(tmp_path / "kept", 0)) == []
+    assert list(warm._written(tmp_path / "kept", -1)) == []
+
+
+def test_output_that_the_log_has_lost_does_not_come_again(output: Output, tmp_path: Path) -> None:
+    for number in range(20):  # 200 bytes hold fewer than eight records of 23 bytes
+        output.write("stdout", b"line %05d\n" % number)
+    warm._keep(output, tmp_path / "kept")
+    again = [data for _, data in warm._written(tmp_path / "kept", 19)]
+    assert again[-1] == b"line 00018\n"
+    assert 8 <= len(again) < 19
+
+
+def test_first_run_takes_it_and_the_next_one_starts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path)
+    cold = Boot(ASSETS)
+    monkeypatch.setattr(boot_snapshot, "choose", lambda *_: cold)
+    name = warm.tag(SPEC, ASSETS)
+    assert warm.choose(dataclasses.replace(SPEC, warm=False), ASSETS, layout) is cold
+    assert warm.choose(SPEC, ASSETS, layout) == Boot(ASSETS, warm=name)
+
+    manifest = Snapshot("x", tmp_path, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(store, "find", lambda layout, tag: manifest)
+    monkeypatch.setattr(warm.restore, "find_disks", lambda snapshot, layout: {})
+    start = warm.choose(SPEC, ASSETS, layout)
+    assert isinstance(start, warm.Warm)
+    assert start.source == name
+    assert start.warm is None
+    assert start.another() is cold
+
+
+def test_damaged_one_is_removed_and_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path)
+    monkeypatch.setattr(boot_snapshot, "choose", lambda *_: Boot(ASSETS))
+    name = warm.tag(SPEC, ASSETS)
+    (layout.snapshots / name).mkdir()
+    (layout.snapshots / name / "config.json").write_text("{")
+    assert warm.choose(SPEC, ASSETS, layout) == Boot(ASSETS, warm=name)
+    assert not (layout.snapshots / name).exists()
