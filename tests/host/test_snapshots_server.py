@@ -285,8 +285,11 @@ def test_served_memory_and_its_working_set(layout: Layout) -> None:
 
 
 def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> None:
-    def held(pid: int) -> tuple[int, int]:
-        return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    def held(pid: int) -> tuple[int, int, int]:
+        """Descriptors, threads, and KiB of memory."""
+        status = Path(f"/proc/{pid}/status").read_text()
+        rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+        return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), rss
 
     def come_and_go(count: int) -> None:
         clones = [Clone(layout, server.pid, Wanted(None, [])) for _ in range(count)]
@@ -296,18 +299,22 @@ def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> 
             clone.close()
         wait_until(layout, [])
         for _ in range(1200):  # and the pool refills
-            if servers.running(layout)[0]["ready"] == 2:
+            if servers.running(layout)[0]["ready"] == 4:
                 return
             threading.Event().wait(0.05)
 
-    with serving(layout, backend="uffd", minimum=2, maximum=2) as server:
-        come_and_go(2)
+    with serving(layout, backend="uffd", minimum=4, maximum=4) as server:
+        for _ in range(10):  # until every thread has its stack and every allocator its arena
+            come_and_go(4)
         before = held(server.pid)
-        for _ in range(15):
-            come_and_go(2)
+        for _ in range(50):
+            come_and_go(4)
         after = held(server.pid)
         assert after[0] <= before[0] + 1, "a thread that just answered us may hold one"
         assert after[1] <= before[1] + 1
+        assert after[2] <= before[2] + (8 << 10), (
+            "two hundred clones leave nothing, and an allocator's arena is 64 KiB at least"
+        )
 
 
 def test_listing(layout: Layout) -> None:
