@@ -20,7 +20,7 @@ import pytest
 
 from fc_agent import process
 from fc_agent.session import Server
-from fcvm.agent import session
+from fcvm.agent import session, vsock
 from fcvm.agent.session import Client, Exit, Request, Resume, stream
 from fcvm.errors import AgentError
 
@@ -578,3 +578,59 @@ def _unread(pipe: int) -> int:
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+class Cut:
+    """Connections to a place of which the first is cut in a way that the client does not see: by a snapshot."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.cut = threading.Event()
+        self.carriers: list[threading.Thread] = []
+        self.kept: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        real = self.place.connect()
+        if self.kept:
+            return real
+        ours, theirs = socket.socketpair()
+        self.kept += [theirs, real]
+        self.carriers = [threading.Thread(target=self._carry, args=ways) for ways in ((real, theirs), (theirs, real))]
+        for carrier in self.carriers:
+            carrier.start()
+        return ours
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        while not self.cut.is_set():
+            if select.select([source], [], [], 0.01)[0]:
+                target.sendall(source.recv(65536))
+
+    def now(self) -> None:
+        """Cut it."""
+        self.cut.set()
+        for carrier in self.carriers:
+            carrier.join()
+        self.kept[1].close()
+
+
+@pytest.mark.parametrize("patient", [False, True], ids=["at once", "after a silence"])
+def test_a_reset_that_only_the_other_side_has_seen(place: Place, tmp_path: Path, patient: bool) -> None:
+    device, output, way = tmp_path / "vsock.sock", Collector(), Cut(place)
+    device.touch()
+    resets = vsock.Resets(device)
+    request = shell("echo ready; read line; for i in 1 2 3; do echo $i; done", stdin=True)
+    stdin, feeder = os.pipe()
+    client = Client(way.connect, request, stdin=stdin, on_output=output, resets=resets)
+    thread, result = background(client)
+    output.wait_for(b"ready")
+    if patient:
+        wait_until(lambda: resets.fd is not None)
+    way.now()
+    os.write(feeder, b"go on\n")  # lost in the old connection, unless it is sent again
+    vsock.announce_reset(device)
+    thread.join(60)
+    os.close(feeder)
+    os.close(stdin)
+    way.kept[0].close()
+    assert isinstance(result[0], Exit)
+    assert output.stdout == b"ready\n1\n2\n3\n"

@@ -20,12 +20,14 @@ from types import FrameType
 from fc_agent import channel as wire
 from fc_agent.channel import Channel, ChannelError
 from fcvm.agent import terminal as tty
+from fcvm.agent.vsock import Resets
 from fcvm.errors import AgentError
 
 OPENING_TIME = 30.0  # seconds that the server may take to find a session
 LAUNCH_TIME = 600.0  # seconds that it may take to start a process: a hundred at once, in an emulated guest, take minutes
 FAREWELL_TIME = 1.0  # seconds to tell the server that we give up
 PATIENCE = 30.0  # seconds to look for a server that we had a connection to
+SHORT = 0.05  # seconds of silence in which most sessions end; only longer ones need to look for resets
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -106,7 +108,9 @@ class Client:
         on_output: Output,
         on_started: Callable[[int], None] | None = None,
         give_up: Callable[[BaseException, float], bool] = give_up,
+        resets: Resets | None = None,
     ) -> None:
+        self._resets = resets
         self._connect = connect
         self._request = request
         self._stdin = stdin
@@ -191,6 +195,8 @@ class Client:
         finally:
             self._channel.detach()
             os.close(self._wake)
+            if self._resets is not None:
+                self._resets.close()
 
     def _open(self) -> Exit | None:
         if isinstance(self._request, Request):
@@ -257,7 +263,7 @@ class Client:
             poll.register(connection, select.POLLIN | (select.POLLOUT if self._channel.wants_write else 0))
             if self._stdin is not None and not self._channel.full:
                 poll.register(self._stdin, select.POLLIN)
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = self._await(poll)
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             if self._stdin in ready:
@@ -273,6 +279,22 @@ class Client:
                     self._channel.flush()
                 return ended
         return None
+
+    def _await(self, poll: select.poll) -> set[int]:
+        """The descriptors that are ready; raises ConnectionResetError if the connection is known to be dead."""
+        resets, timeout = self._resets, None
+        if resets is not None:
+            if resets.fd is None:
+                timeout = SHORT * 1000
+            else:
+                poll.register(resets.fd, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(timeout)}
+        if resets is not None and (not ready or resets.fd in ready):
+            if resets.fd is None:
+                resets.watch()
+            if resets.happened():
+                raise ConnectionResetError("a snapshot was taken")
+        return ready
 
     def _read_stdin(self) -> None:
         assert self._stdin is not None
@@ -345,6 +367,7 @@ def stream(
     signals: Sequence[int] = (),
     on_started: Callable[[int], None] | None = None,
     give_up: Callable[[BaseException, float], bool] = give_up,
+    resets: Resets | None = None,
 ) -> Exit:
     """Run a session to its end and return how the process ended.
 
@@ -356,6 +379,7 @@ def stream(
         signals: signals to send on instead of suffering them (main thread only), for example ``FORWARDED``.
         on_started: called with the process's id once it runs.
         give_up: asked with the error and the seconds since the break after each failed attempt to reconnect.
+        resets: tells of connections that break without our hearing of it.
 
     Raises:
         AgentError: the server is gone, or does not speak the protocol.
@@ -363,7 +387,9 @@ def stream(
     """
     if terminal is not None and isinstance(request, Request):
         request.rows, request.columns = tty.size(terminal)
-    client = Client(connect, request, stdin=stdin, on_output=on_output, on_started=on_started, give_up=give_up)
+    client = Client(
+        connect, request, stdin=stdin, on_output=on_output, on_started=on_started, give_up=give_up, resets=resets
+    )
     with contextlib.ExitStack() as stack:
         if terminal is not None:
             if isinstance(request, Resume):

@@ -3,13 +3,21 @@
 The device is a Unix socket on the host. A connection to a guest's port starts with the line ``CONNECT <port>``, answered by
 ``OK <host port>``; where nobody listens in the guest, Firecracker just closes it. It also does so when the guest has not
 accepted within two seconds, which happens to one that is starved of its CPUs: then we ask again.
+
+When Firecracker takes a snapshot, the guest's end of every connection is reset, and ours is not: it hears of that only if it
+sends something. So whoever takes a snapshot says so, by touching the socket (``announce_reset``), to all who look (``Resets``).
 """
 
+import contextlib
 import os
 import socket
 import time
 
 from fcvm.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from fcvm.linux.inotify import Watch
 
 REQUEST_TIME = 2.0  # seconds that Firecracker gives a guest to accept (CONN_REQUEST_TIMEOUT_MS of its vsock device)
 MAX_SUN_PATH = 107  # <linux/un.h>, less the final NUL
@@ -61,6 +69,51 @@ def _connect(uds: str | os.PathLike[str], port: int, end: float) -> socket.socke
     except BaseException:
         connection.close()
         raise
+
+
+def announce_reset(uds: str | os.PathLike[str]) -> None:
+    """Say that all connections to the guest whose vsock device is ``uds`` were reset; a device that has gone does not matter."""
+    with contextlib.suppress(OSError):
+        os.utime(uds)
+
+
+class Resets:
+    """Whether the connections to a guest were reset, since this was made or it was last asked.
+
+    Attributes:
+        fd: readable when they were; None until ``watch``, which takes milliseconds to import what it needs.
+    """
+
+    def __init__(self, uds: str | os.PathLike[str]) -> None:
+        self._uds = uds
+        self._stamp = self._touched()
+        self._watch: Watch | None = None
+        self.fd: int | None = None
+
+    def watch(self) -> None:
+        """Have ``fd`` from now on; where there can be none, resets are only seen when they are asked for."""
+        from fcvm.linux import inotify
+
+        with contextlib.suppress(OSError):
+            self._watch = inotify.Watch(self._uds, inotify.IN_ATTRIB)
+            self.fd = self._watch.fd
+
+    def happened(self) -> bool:
+        """Whether they were."""
+        if self._watch is not None:
+            self._watch.wait(timeout=0)
+        before, self._stamp = self._stamp, self._touched()
+        return before != self._stamp
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+
+    def _touched(self) -> int:
+        try:
+            return os.stat(self._uds).st_mtime_ns
+        except OSError:
+            return 0
 
 
 def connect_path(connection: socket.socket, path: str | os.PathLike[str]) -> None:

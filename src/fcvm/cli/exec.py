@@ -3,14 +3,13 @@
 import argparse
 import os
 import sys
-from functools import partial
 
-from fcvm.agent import session, vsock
+from fcvm.agent import session
 from fcvm.cli import target, values
 from fcvm.cli.completions import first_is_vm
 from fcvm.cli.context import Context
 from fcvm.errors import ContainerError, UsageError
-from fcvm.vm import paths, state
+from fcvm.vm import sessions, state
 
 WHERE = "vms"
 SHELLS = ("sh", "bash", "ash", "dash", "zsh", "fish")
@@ -61,9 +60,6 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     vm = target.find_vm(args, context.layout)
-    connect = partial(
-        vsock.connect, context.layout.vms / vm.id / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT
-    )
     request = session.Request(
         args.words,
         target="vm" if args.vm else "container",
@@ -75,8 +71,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
         privileged=args.privileged,
     )
     try:
-        end = session.stream(
-            connect,
+        end = sessions.stream(
+            context.layout.vms / vm.id,
             request,
             stdin=0 if args.interactive else None,
             on_output=session.to_descriptors(1, 2),

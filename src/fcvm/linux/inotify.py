@@ -3,10 +3,10 @@
 import ctypes
 import os
 import select
-from pathlib import Path
 
 # <linux/inotify.h>
 IN_MODIFY = 0x2
+IN_ATTRIB = 0x4
 IN_CLOSE_WRITE = 0x8
 IN_MOVED_TO = 0x80
 IN_CREATE = 0x100
@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Watch:
     """Events of ``mask`` at ``path``, from construction on; ``fd`` is readable while there are some. Raises OSError."""
 
-    def __init__(self, path: Path, mask: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], mask: int) -> None:
         self.fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), f"inotify: {os.strerror(ctypes.get_errno())}")

@@ -8,7 +8,6 @@ import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fcvm.errors import ConflictError, ContainerError
@@ -105,15 +104,14 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, detach: bool = Fa
 
 def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) -> int:
     """Run ``command`` in the container of a new clone, then end that; returns the command's exit code."""
-    from fcvm.agent import session, vsock
-    from fcvm.vm import paths
+    from fcvm.agent import session
+    from fcvm.vm import sessions
 
     with contextlib.closing(Clone(layout, pid, wanted)) as clone:
         directory = layout.base / "vms" / clone.started()["id"]
-        connect = partial(vsock.connect, directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
         try:
-            end = session.stream(
-                connect,
+            end = sessions.stream(
+                directory,
                 session.Request(command),
                 stdin=None,
                 on_output=session.to_descriptors(1, 2),

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcvm.agent import vsock
 from fcvm.errors import FirecrackerError, SnapshotError
 from fcvm.firecracker.boot import SCRATCH_DISK
-from fcvm.firecracker.process import Firecracker
+from fcvm.firecracker.process import VSOCK, Firecracker
 from fcvm.linux import files, holes
 from fcvm.snapshots import store
 from fcvm.snapshots.manifest import Manifest
@@ -102,6 +103,7 @@ def create(vmm: Firecracker, directory: Path, destination: Path, volumes: SaveVo
             cloned = time.monotonic()
             states = volumes()
         end = time.monotonic()
+        vsock.announce_reset(directory / VSOCK)
         (destination / store.VOLUMES).write_text(json.dumps(states) + "\n")
         if kind == "Full":
             holes.dig(destination / store.MEMORY)

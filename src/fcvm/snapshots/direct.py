@@ -3,18 +3,17 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from fcvm import setup
-from fcvm.agent import session, vsock
+from fcvm.agent import session
 from fcvm.config import Config
 from fcvm.errors import ConflictError, ContainerError
 from fcvm.snapshots import store
 from fcvm.snapshots.client import Wanted
 from fcvm.storage.layout import Layout
 from fcvm.vm import clone as clones
-from fcvm.vm import paths, state
 from fcvm.vm import run as vm
+from fcvm.vm import sessions, state
 from fcvm.vm.supervisor import Supervisor
 
 
@@ -82,11 +81,9 @@ def execute(
     Raises:
         ConflictError: the clone has ended.
     """
-    connect = partial(vsock.connect, supervisor.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
     try:
-        return session.stream(
-            connect, session.Request(command, target=target), stdin=None, on_output=on_output, signals=signals
-        )
+        request = session.Request(command, target=target)
+        return sessions.stream(supervisor.directory, request, stdin=None, on_output=on_output, signals=signals)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise ConflictError(
             f"The clone {supervisor.spec.name!r} has ended.", hint="fcvm snapshot run --snapshot TAG shows its output"

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
-from fcvm.agent import session, vsock
-from fcvm.vm import paths
+from fcvm.agent import session
+from fcvm.vm import sessions
 
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
@@ -17,8 +17,8 @@ def on_loopback_only(directory: Path, ports: Collection[int]) -> list[int]:
         AgentError, OSError: the guest does not tell.
     """
     output: list[bytes] = []
-    session.stream(
-        lambda: vsock.connect(directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT),
+    sessions.stream(
+        directory,
         session.Request(["cat", "/proc/net/tcp", "/proc/net/tcp6"], target="vm"),
         stdin=None,
         on_output=lambda _, data: output.append(data),

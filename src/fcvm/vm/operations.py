@@ -4,15 +4,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fc_agent.protocol import PROTOCOL
-from fcvm.agent import session, vsock
+from fcvm.agent import session
 from fcvm.errors import ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
-from fcvm.vm import paths
+from fcvm.vm import sessions
 
 if TYPE_CHECKING:
     from fcvm.snapshots.create import Timings
@@ -73,10 +72,9 @@ def _refuse_running_vms(vm: "Supervisor") -> None:
     Firecracker (1.12) does not save KVM's nested state, so a vCPU of this VM that happens to be running a VM's code when it
     is paused would go on, in a clone, with that VM's registers as its own.
     """
-    connect = partial(vsock.connect, vm.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
     request = session.Request(["/bin/sh", "-c", COUNT_VMS], target="vm", cwd="/")
     output: list[bytes] = []
-    session.stream(connect, request, stdin=None, on_output=lambda _stream, data: output.append(data))
+    sessions.stream(vm.directory, request, stdin=None, on_output=lambda _stream, data: output.append(data))
     count = int(b"".join(output) or b"0")
     if count:
         raise ConflictError(

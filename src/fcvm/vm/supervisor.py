@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvm import log
-from fcvm.agent import session, vsock
+from fcvm.agent import session
 from fcvm.agent.control import Control
 from fcvm.config import Config
 from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError
@@ -31,7 +31,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, state, warm
+from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, sessions, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -108,11 +108,10 @@ class Supervisor:
         self._attachable.wait()
         try:
             if self._phase == "running":
-                connect = partial(
-                    vsock.connect, self.directory / paths.VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT
-                )
                 main = session.Resume("main", on_resumed=lambda seen: self._start.resumed(self, seen))
-                session.stream(connect, main, stdin=stdin, on_output=self.output.write, terminal=terminal)
+                sessions.stream(
+                    self.directory, main, stdin=stdin, on_output=self.output.write, terminal=terminal
+                )
         except (AgentError, OSError) as error:
             if isinstance(error, BrokenPipeError) and self.output.closed:
                 raise

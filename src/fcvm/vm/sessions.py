@@ -1,0 +1,18 @@
+"""Sessions with the agent of a VM; small, since `fcvm exec` counts milliseconds."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fcvm.agent import session, vsock
+from fcvm.vm import paths
+
+
+def stream(directory: Path, request: session.Request | session.Resume, **options: Any) -> session.Exit:
+    """Run a session in the VM of ``directory`` to its end, over any snapshot that is taken meanwhile.
+
+    Arguments and errors are those of ``fcvm.agent.session.stream``.
+    """
+    uds = directory / paths.VSOCK
+    connect = partial(vsock.connect, uds, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
+    return session.stream(connect, request, resets=vsock.Resets(uds), **options)
