@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fcvm.vm import output as module
 from fcvm.vm.output import CLOSED, LOG, Output, follow_log, read_log
 
 
@@ -85,6 +86,24 @@ def test_following_ends_with_the_container_and_survives_rotation(tmp_path: Path)
     thread.join(60)
     assert not thread.is_alive()
     assert b"".join(seen) == b"before\nafter\n" + b"x" * (1 << 20) + b"end\n"
+
+
+def test_what_is_written_while_a_follower_looks_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Output(tmp_path / LOG, 1 << 10, show=False, prefix=False)
+    log.write("stdout", b"one ")
+    look, looks = module._inode, iter(range(1000))
+
+    def inode(path: Path) -> int | None:
+        found = look(path)
+        if next(looks) == 0:  # between our look at the file's name and that at the end
+            for data in (b"two " * 256, b"three"):  # each is a file of its own
+                log.write("stdout", data)
+            log.close()
+            (tmp_path / CLOSED).touch()
+        return found
+
+    monkeypatch.setattr(module, "_inode", inode)
+    assert b"".join(data for _, _, data in follow_log(tmp_path)) == b"one " + b"two " * 256 + b"three"
 
 
 def test_a_reader_that_goes_away_is_told_of_once_and_the_log_goes_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from fcvm.linux import inotify
 from fcvm.storage.rotating import RotatingFile
@@ -122,25 +122,36 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
     with inotify.Watch(directory, _CHANGES) as watch:
         with contextlib.suppress(FileNotFoundError), open(directory / f"{LOG}.1", "rb") as old:
             yield from records(old.fileno())
-        file = open(directory / LOG, "rb")  # noqa: SIM115
+        file: BinaryIO = open(directory / LOG, "rb")  # noqa: SIM115
         try:
             while True:
+                ended = not directory.exists() or (directory / CLOSED).exists()  # before we look for the last records
                 yield from records(file.fileno())
-                current, before = _inode(directory / LOG), _inode(directory / f"{LOG}.1")
-                ours = os.fstat(file.fileno()).st_ino
-                if current not in (ours, None):
-                    yield from records(file.fileno())
-                    file.close()
-                    # rotated twice since we looked: a whole file lies between ours and the current one
-                    skipped = before not in (ours, None)
-                    file = open(directory / (f"{LOG}.1" if skipped else LOG), "rb")  # noqa: SIM115
-                elif not directory.exists() or (directory / CLOSED).exists():
-                    yield from records(file.fileno())
-                    return
-                else:
+                if _inode(directory / LOG) in (os.fstat(file.fileno()).st_ino, None):
+                    if ended:
+                        return
                     watch.wait(timeout=5.0)
+                    continue
+                yield from records(file.fileno())  # written between our last look and the rotation
+                with contextlib.suppress(FileNotFoundError):  # it is being rotated: look again
+                    file = _successor(directory, file)
         finally:
             file.close()
+
+
+def _successor(directory: Path, file: BinaryIO) -> BinaryIO:
+    """The file that came after ``file``, which is closed; the oldest that is there, after more than one rotation.
+
+    Raises:
+        FileNotFoundError: there is none at this moment.
+    """
+    following = open(directory / LOG, "rb")  # noqa: SIM115
+    known = [os.fstat(f.fileno()).st_ino for f in (file, following)]
+    if _inode(directory / f"{LOG}.1") not in (*known, None):  # a whole file lies between the two
+        following.close()
+        following = open(directory / f"{LOG}.1", "rb")  # noqa: SIM115
+    file.close()
+    return following
 
 
 def _inode(path: Path) -> int | None:
