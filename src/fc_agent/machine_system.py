@@ -95,18 +95,23 @@ def start_firewall(configuration: dict[str, Any]) -> Program:
     QEMU's gateway leads to the host's loopback, and this system's own addresses to ports that the user may have published on
     the host's loopback only. VMs reach published ports and other services of the host at the host's own addresses. Our own
     sockets for ``--forward-localhost`` are told by their priority (``fcvm/machine/inside.py``), which no packet carries.
+    TCP is refused by a reset: an ICMP message does not end the connect(2) of a socket of this system's own, slirp4netns's.
     """
     gateway, priority = configuration["gateway"], LOOPBACK_PRIORITY
     return start("nft", f"""table ip machine {{
+        chain refuse {{
+            meta l4proto tcp reject with tcp reset
+            reject
+        }}
         chain prerouting {{
             type filter hook prerouting priority mangle
-            iifname "fcvm*" fib daddr type local ct state new reject
-            iifname "fcvm*" ip daddr {gateway} ct state new reject
+            iifname "fcvm*" fib daddr type local ct state new goto refuse
+            iifname "fcvm*" ip daddr {gateway} ct state new goto refuse
         }}
         chain output {{
             type filter hook output priority mangle
-            ip daddr != 127.0.0.0/8 fib daddr type local ct state new reject
-            ip daddr {gateway} meta priority != 0:{priority} ct state new reject
+            ip daddr != 127.0.0.0/8 fib daddr type local ct state new goto refuse
+            ip daddr {gateway} meta priority != 0:{priority} ct state new goto refuse
         }}
     }}""")
 

@@ -140,23 +140,30 @@ def test_a_closed_port_of_the_guest_is_refused(world: World, start: Start) -> No
         world.host.ask("127.0.0.1", port_of(network))
 
 
-def test_a_refusal_of_a_published_port_is_noticed(
+def test_a_port_that_refuses_and_then_answers_is_noticed(
     world: World, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refusals, "SETTLE", 0.05)
     monkeypatch.setattr(refusals, "PAUSE", 0.05)
     network, guest = start("80,81,53/udp")
     refused: queue.Queue[frozenset[int]] = queue.Queue()
-    network.on_refused = refused.put
+    answered: queue.Queue[frozenset[int]] = queue.Queue()
+    network.on_refused, network.on_answered = refused.put, answered.put
     server = world.server(guest, "guest", "127.0.0.1", 80)
     world.server(guest, "guest", "0.0.0.0", 81)
     assert world.host.ask("127.0.0.1", port_of(network, 1)).startswith(b"guest ")
     with pytest.raises(OSError, match=r"refused|reset|not connected|Broken pipe"):
         world.host.ask("127.0.0.1", port_of(network))
     assert refused.get(timeout=20) == {80}
+    assert answered.empty()
     server.close()
+    world.server(guest, "guest", "0.0.0.0", 80)
+    for port in (1, 0, 0):
+        assert world.host.ask("127.0.0.1", port_of(network, port)).startswith(b"guest ")
+    assert answered.get(timeout=20) == {80}
     assert not guest.reachable(LAN_IP, 9)  # refused as well, but by another host
     assert refused.empty()
+    assert answered.empty()
 
 
 def test_the_guest_reaches_itself_through_its_port(world: World, start: Start) -> None:
@@ -231,6 +238,21 @@ def test_vms_reach_each_other_by_published_ports_only(world: World, start: Start
         for port in (80, 82):
             assert world.host.reachable(where, port)
             assert not other.reachable(where, port, wait=0.3), port
+
+
+@pytest.mark.parametrize("mode", ["rootless"])
+def test_a_rootless_vm_does_not_reach_bridged_ones(world: World, start: Start) -> None:
+    """slirp4netns is a process of the host, which reaches every port of theirs."""
+    before = world.network(spec.parse("bridged", ["81"]), "before")
+    _, guest = start()
+    after = world.network(spec.parse("bridged", ["81"]), "after")
+    for network in (before, after):
+        other, where = world.guest(network), network.describe()["host_ip"]
+        for port in (81, 82):
+            world.server(other, str(port), "0.0.0.0", port)
+            assert world.host.reachable(where, port)
+        assert guest.ask(HOST_IP, port_of(network)).startswith(b"81 ")
+        assert not guest.reachable(where, 82, wait=0.5)
 
 
 def test_publishing_on_a_running_vm(world: World, start: Start) -> None:

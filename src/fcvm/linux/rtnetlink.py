@@ -19,6 +19,7 @@ Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_GETLINK, RTM_SETLINK = 16, 18, 19
 RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTNLGRP_IPV4_IFADDR = 5  # every change of an address
 RTM_NEWROUTE, RTM_GETROUTE = 24, 26
 RTM_NEWNEIGH = 28
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_TABLE = 1, 4, 5, 15

@@ -7,7 +7,7 @@ with create(spec, vm_id, directory) as network:
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from fcvm.network.guest import Guest
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
 from fcvm.network.publish import Publish
+from fcvm.network.refusals import Report
 from fcvm.network.spec import NetworkSpec
 
 
@@ -54,6 +55,7 @@ class Network:
         guest: what the agent is to configure.
         watch: fds that become readable when the network has died, each with what to say then.
         on_refused: called by another thread with published TCP ports at which the guest refused a connection, now and then.
+        on_answered: the same with those of them at which it accepts one later.
     """
 
     tap = guest.TAP
@@ -62,7 +64,8 @@ class Network:
     def __init__(self, spec: NetworkSpec, backend: Backend, loop: Loop, published: Sequence[Publish]) -> None:
         self.spec = spec
         self.watch = backend.watch
-        self.on_refused: Callable[[frozenset[int]], None] = lambda ports: None
+        self.on_refused: Report = lambda ports: None
+        self.on_answered: Report = lambda ports: None
         settings = resolver.read()
         self.guest: Guest = guest.guest(
             mtu=backend.mtu, search=settings.search, options=settings.options, ipv6=backend.ipv6
@@ -106,9 +109,16 @@ class Network:
 
     def refused(self, ports: frozenset[int]) -> None:
         """The guest has refused connections to these ports."""
-        published = ports & {publish.guest_port for publish in self._published if publish.protocol == "tcp"}
-        if published:
+        if published := self._of_ours(ports):
             self.on_refused(published)
+
+    def answered(self, ports: frozenset[int]) -> None:
+        """The guest has accepted connections to these ports, which it had refused before."""
+        if published := self._of_ours(ports):
+            self.on_answered(published)
+
+    def _of_ours(self, ports: frozenset[int]) -> frozenset[int]:
+        return ports & {publish.guest_port for publish in self._published if publish.protocol == "tcp"}
 
     def describe(self) -> dict[str, Any]:
         """The network as ``fcvm ls --json`` shows it."""
@@ -156,7 +166,7 @@ def create(spec: NetworkSpec, vm_id: str, directory: Path) -> Network:
         loop = Loop()
         undo.callback(loop.close)
         network = Network(spec, backend, loop, published)
-        _serve(loop, spec, backend, network.refused)
+        _serve(loop, spec, backend, network)
         backend.serve(early, loop)
         backend.attend(loop)
         if spec.mode != "none":
@@ -185,12 +195,12 @@ def _backend(spec: NetworkSpec, vm_id: str, directory: Path, published: Sequence
             yield backend
 
 
-def _serve(loop: Loop, spec: NetworkSpec, backend: Backend, refused: Callable[[frozenset[int]], None]) -> None:
+def _serve(loop: Loop, spec: NetworkSpec, backend: Backend, network: Network) -> None:
     """Answer the guest's DNS and its connections to forwarded ports, on the sockets that were opened in the namespace."""
     if not backend.sockets:
         return
     packets, udp, tcp, *forwarded = backend.sockets
-    refusals.watch(loop, packets, refused)
+    refusals.watch(loop, packets, network.refused, network.answered)
     dns.forward(loop, udp, tcp, resolver.Upstreams(spec.dns))
     for port, sock in zip(spec.forward_localhost, forwarded, strict=True):
         targets = [relay.target(ip, port.number) for ip in spec.loopback.addresses]

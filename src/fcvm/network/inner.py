@@ -14,7 +14,7 @@ listens and connects to the host's loopback from outside.
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
 from fcvm.linux import netlink, nft, rtnetlink
@@ -130,6 +130,17 @@ def admit(published: Iterable[Publish]) -> list[int]:
     """Let everybody reach more ports of the guest; opens no fd. In the namespace."""
     batch = nft.Batch()
     _admit(batch, published)
+    with nft.open_socket() as sock:
+        batch.commit(sock)
+    return []
+
+
+def refuse(networks: Iterable[IPv4Network]) -> list[int]:
+    """Keep the guest from ``networks``; opens no fd. In the namespace."""
+    batch = nft.Batch()  # ahead of chain "forward", whose verdicts are for packets that pass this one
+    batch.chain(TABLE, "refuse", type="filter", hook=nft.FORWARD, priority=nft.FILTER - 1)
+    for network in networks:
+        batch.rule(TABLE, "refuse", nft.iifname(guest.TAP), nft.daddr(network), nft.verdict(nft.DROP))
     with nft.open_socket() as sock:
         batch.commit(sock)
     return []

@@ -18,7 +18,7 @@ from fcvm.errors import NetworkError
 from fcvm.linux import namespaces, netlink, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
 from fcvm.linux.netlink import NetlinkError
-from fcvm.network import guest, host, inner, ports, relay
+from fcvm.network import guest, host, inner, neighbours, ports, relay
 from fcvm.network import slirp as slirps
 from fcvm.network.inner import Uplink
 from fcvm.network.loop import Loop
@@ -56,7 +56,8 @@ class Rootless:
         """The namespace lets in what slirp4netns brings; ``serve`` does the rest."""
 
     def attend(self, loop: Loop) -> None:
-        """Nothing of the host's changes what is here."""
+        """Keep the guest away from bridged VMs, those that are there and those that come."""
+        neighbours.keep_away(loop, self.namespace)
 
     def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None:
         """Let ports of the host lead to the guest.

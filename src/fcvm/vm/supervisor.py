@@ -183,6 +183,7 @@ class Supervisor:
         self._shown = stack.enter_context(network.shown(self))
         self.entry.update(network=self._shown)
         self.network.on_refused = self._on_refused
+        self.network.on_answered = lambda ports: self.ask({"op": "reachable", "ports": list(ports)})
         self.timings.mark("network")
         self._start.disks(self)
         self.timings.mark("disks")
@@ -300,8 +301,12 @@ class Supervisor:
                 "have it listen on 0.0.0.0."
             )
         self._unreachable.update(ports)
+        self._note(ports, loopback_only=True)
+
+    def _note(self, ports: list[int], *, loopback_only: bool) -> None:
         for port in self._shown["ports"]:
-            port["loopback_only"] = port["protocol"] == "tcp" and port["guest_port"] in ports
+            if port["protocol"] == "tcp" and port["guest_port"] in ports:
+                port["loopback_only"] = loopback_only
         self.entry.update(network=self._shown)
 
     def _on_control(self) -> None:
@@ -410,6 +415,9 @@ class Supervisor:
     def _carry_out(self, request: dict[str, Any]) -> None:
         if request["op"] == "unreachable":
             self._on_unreachable(request["ports"])
+            return
+        if request["op"] == "reachable":
+            self._note(request["ports"], loopback_only=False)
             return
         if request["op"] == "kill" or self._phase == "starting":
             self._kill()
