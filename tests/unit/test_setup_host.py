@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from fcvm.cli import doctor
 from fcvm.cli.context import Context
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
+from fcvm.linux import namespaces
 from fcvm.setup import checks
 from fcvm.setup.checks import Check
 
@@ -157,13 +159,26 @@ def test_the_version_of_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ve
 
 def test_missing_programs_are_named_with_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_programs(tmp_path / "bin", monkeypatch, zstd="", skopeo="")
-    found = list(checks.programs(machine=True))
+    found = list(checks.programs())
     assert {check.status for check in found} == {"fail"}
     assert {check.hint for check in found} == {
         "sudo apt-get install mmdebstrap",
         "sudo apt-get install e2fsprogs",
         "sudo apt-get install erofs-utils",
     }
+
+
+def test_what_stands_in_the_way_of_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    fake_programs(tmp_path / "bin", monkeypatch)
+    monkeypatch.setattr(namespaces, "unshare", refuse)
+    found = list(checks.networks("rootless"))
+    assert [check.status for check in found] == ["fail", "fail"]
+    assert found[0].hint == "apt-get install slirp4netns"
+    assert "user namespace" in found[1].detail
+    assert checks.user_namespaces().status == "warn"
 
 
 def doctor_run(context: Context, capsys: pytest.CaptureFixture[str], *, as_json: bool) -> tuple[int, str]:

@@ -12,6 +12,8 @@ from typing import Literal
 from fcvm import host, process
 from fcvm.config import Config
 from fcvm.errors import FcvmError
+from fcvm.linux import namespaces
+from fcvm.network import diagnose
 from fcvm.setup import assets, storage
 from fcvm.setup.progress import size
 from fcvm.storage.layout import Layout
@@ -53,11 +55,12 @@ def every(config: Config, layout: Layout) -> Iterator[Check]:
         yield qemu()
         yield memory(config)
     else:
-        yield device(Path("/dev/net/tun"), "networks of VMs need it", "sudo modprobe tun")
+        yield from networks("bridged" if os.geteuid() == 0 else "rootless")
     yield nesting(machine)
-    yield from programs(machine)
+    yield from programs()
     if os.geteuid() != 0:
-        yield user_namespaces()
+        if machine:
+            yield user_namespaces()
         yield subordinate_ids()
     yield reflinks(config, layout)
     yield space(layout)
@@ -106,12 +109,13 @@ def memory(config: Config) -> Check:
     return Check("Memory", "ok", f"{available} MiB are free; the machine takes up to {config.machine_mem} MiB.")
 
 
-def device(path: Path, why: str, hint: str) -> Check:
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return Check(str(path), "fail", f"{path} cannot be opened ({error.strerror}); {why}.", hint)
-    return Check(str(path), "ok", f"{path} can be opened.")
+def networks(mode: str) -> Iterator[Check]:
+    """What stands in the way of the networks of this user's VMs, or one line that says that nothing does."""
+    problems = diagnose.problems(mode)
+    for error in problems:
+        yield Check("Networks", "fail", error.message, error.hint)
+    if not problems:
+        yield Check("Networks", "ok", f"VMs can have networks ({mode}).")
 
 
 def nesting(machine: bool) -> Check:
@@ -122,13 +126,11 @@ def nesting(machine: bool) -> Check:
     return Check("Nesting", "ok" if state.usable else "warn", state.reason, state.hint)
 
 
-def programs(machine: bool) -> Iterator[Check]:
+def programs() -> Iterator[Check]:
     """The programs that are missing, or one line that says that none is."""
     needed = dict(PROGRAMS)
     if os.environ.get(assets.OVERRIDE):  # all that setup provides has come from elsewhere
         del needed["mmdebstrap"], needed["zstd"]
-    if not machine and os.geteuid() != 0:
-        needed["slirp4netns"] = ("slirp4netns", "networks of an ordinary user's VMs need it")
     missing = {name: needed[name] for name in needed if not installed(name)}
     for name, (package, why) in missing.items():
         yield Check("Programs", "fail", f"{name} is not installed; {why}.", f"sudo apt-get install {package}")
@@ -141,29 +143,12 @@ def installed(program: str) -> bool:
 
 
 def user_namespaces() -> Check:
-    """Whether an ordinary user may make user namespaces, which networks without root are made of."""
-    switches = (
-        (
-            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-            "1",
-            "kernel.apparmor_restrict_unprivileged_userns=0",
-        ),
-        ("/proc/sys/kernel/unprivileged_userns_clone", "0", "kernel.unprivileged_userns_clone=1"),
-        ("/proc/sys/user/max_user_namespaces", "0", "user.max_user_namespaces=15000"),
-    )
-    for path, forbidden, mend in switches:
-        try:
-            value = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if value == forbidden:
-            return Check(
-                "User namespaces",
-                "fail",
-                f"Ordinary users may not make user namespaces ({path} is {value}).",
-                f"sudo sysctl -w {mend}",
-            )
-    return Check("User namespaces", "ok", "Ordinary users may make user namespaces.")
+    """Whether this user may make user namespaces, which building the guest image without root takes."""
+    try:
+        namespaces.create(list, user=True)[0].close()
+    except FcvmError as error:
+        return Check("User namespaces", "warn", error.message, error.hint)
+    return Check("User namespaces", "ok", "You may make user namespaces.")
 
 
 def subordinate_ids() -> Check:
