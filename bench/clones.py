@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/host"))
 import baremetal
 from baremetal import FIRST, Guest
 
+from bench.common import available, beside, machine, now, pss, show, summary
 from fcvm.firecracker import boot
 from fcvm.firecracker.api import Api
 from fcvm.firecracker.process import API_SOCKET, VSOCK, Firecracker
@@ -41,10 +41,6 @@ PAGES = 16384  # 64 MiB with a pattern
 USED = 2048  # pages of it, in random order, that a clone needs for its first answer
 ORDER = (0x5851F42D4C957F2D, 12345, PAGES - 1)
 MEMORY = 512  # MiB of each guest
-
-
-def now() -> float:
-    return time.perf_counter()
 
 
 class Bench:
@@ -126,27 +122,6 @@ def answer(directory: Path, value: int = 1) -> None:
     with Guest(directory) as guest:
         if guest.echo(value) != value:
             raise RuntimeError("wrong answer")
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds: median, 90th percentile, and the best: what it takes when nothing else wants the CPUs."""
-    ordered = sorted(seconds)
-    return {
-        "ms": round(statistics.median(ordered) * 1e3, 3),
-        "best_ms": round(ordered[0] * 1e3, 3),
-        "p90_ms": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))] * 1e3, 3),
-        "n": len(ordered),
-    }
-
-
-def beside(floor: list[float], ours: list[float]) -> dict[str, Any]:
-    a, b = summary(floor), summary(ours)
-    return {
-        "floor": a,
-        "fcvm": b,
-        "ratio": round(b["ms"] / a["ms"], 2),
-        "best_ratio": round(b["best_ms"] / a["best_ms"], 2),
-    }
 
 
 # ---- the measurements
@@ -310,20 +285,6 @@ def memory(bench: Bench, count: int = 20) -> dict[str, Any]:
     return result
 
 
-def pss(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    raise RuntimeError("no Pss")
-
-
-def available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1])
-    raise RuntimeError("no MemAvailable")
-
-
 @contextlib.contextmanager
 def serving(bench: Bench, backend: str, recorded: Path | None = None) -> Iterator[dict[str, Any]]:
     """What a kit needs for ``backend``."""
@@ -433,35 +394,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "restore to first answer": first_answer,
     "64 MiB by faults": fault_latency,
 }
-
-
-def show(name: str, result: dict[str, Any], indent: str = "") -> None:
-    """A measurement as lines of text."""
-    if "ratio" in result and "floor" in result:
-        print(
-            f"{indent}{name:<40} floor {result['floor']['ms']:9.3f} ms   fcvm {result['fcvm']['ms']:9.3f} ms"
-            f"   x {result['ratio']:.2f}   best {result['floor']['best_ms']:.3f} and {result['fcvm']['best_ms']:.3f} ms"
-            f"   x {result['best_ratio']:.2f}"
-        )
-    elif all(not isinstance(value, dict) for value in result.values()):
-        print(f"{indent}{name:<40} " + "   ".join(f"{key} {value}" for key, value in result.items()))
-    else:
-        print(f"{indent}{name}")
-        for key, value in result.items():
-            show(key, value, indent + "  ")
-
-
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    from fcvm.snapshots.manifest import this_host
-
-    return {
-        "cpu": this_host().cpu,
-        "cpus": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
 
 
 def main(arguments: list[str]) -> None:
