@@ -1,54 +1,63 @@
-"""Snapshots and clones of real guests."""
+"""Snapshots and clones of real guests.
+
+One VM is booted for all of them; it counts, says so, and serves a page. Everything else is a clone of it.
+"""
 
 import contextlib
 import json
 import secrets
+import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, TIMEOUT, fcvm, ok, running, vm
+from vm.conftest import DEMO, ROOT, TIMEOUT, environment, fcvm, ls, ok, running, vm
+
+from fcvm import config, host
+
+SCRIPT = "httpd -h /www; echo begun; n=0; while :; do n=$((n+1)); echo $n; echo $n > /tmp/count; sleep 0.5; done"
+
+
+def name() -> str:
+    return f"test-{secrets.token_hex(4)}"
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[str]:
-    """A snapshot of a container that counts."""
-    name, tag = f"test-{secrets.token_hex(4)}", f"test-{secrets.token_hex(4)}"
-    script = "echo begun; n=0; while :; do n=$((n+1)); echo $n > /tmp/count; sleep 0.2; done"
-    ok("podman", "run", "-d", "--name", name, DEMO, "--", "sh", "-c", script)
+def baseline() -> Iterator[str]:
+    """The snapshot of a container that counts and serves."""
+    source, tag = name(), name()
+    ok("podman", "run", "-d", "--name", source, DEMO, "--", "sh", "-c", SCRIPT)
     try:
-        ok("snapshot", "create", name, "--tag", tag)
-        assert (vm(name) or {})["status"] == "running"  # the source goes on
-        assert int(ok("exec", name, "--", "cat", "/tmp/count")) > 0
+        ok("snapshot", "create", source, "--tag", tag)
+        before = int(ok("exec", source, "--", "cat", "/tmp/count"))
+        assert (vm(source) or {})["status"] == "running"
+        wait(lambda: int(ok("exec", source, "--", "cat", "/tmp/count")) > before)  # the source goes on
+        lines = ok("logs", source).split()
+        assert lines[:1] == [b"begun"]
+        assert lines[1:] == [b"%d" % n for n in range(1, len(lines))]  # nothing lost, nothing twice
     finally:
-        fcvm("stop", "-t", "0", name)
+        fcvm("stop", "-t", "0", source)
     yield tag
-    with contextlib.suppress(AssertionError):
-        ok("snapshots", "rm", tag)
+    ok("snapshots", "rm", tag)
 
 
-def test_a_clone_goes_on_as_itself(warm: str, vm_name: str) -> None:
-    with running("snapshot", "run", "--snapshot", warm, "--name", vm_name):
-        deadline = 240
-        while (found := vm(vm_name)) is None or found["status"] != "running":
-            deadline -= 1
-            assert deadline
-        assert found["snapshot"] == warm
-        assert int(ok("exec", vm_name, "--", "cat", "/tmp/count")) > 0
-        assert ok("exec", vm_name, "--vm", "--", "hostname") == f"{vm_name}\n".encode()
+@contextlib.contextmanager
+def serving(tag: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """A clone server that is ready: the process in the foreground here, and its pid where the VMs are."""
+    with running("snapshot", "serve", tag, *options) as process:
+        yield process, line(process).decode()
 
 
-def test_a_clone_for_one_command(warm: str) -> None:
-    assert ok("snapshot", "run", "--snapshot", warm, "--exec", "echo ready") == b"ready\n"
-
-
-def test_two_clones_never_share_random_bytes(warm: str) -> None:
-    command = "head -c 16 /dev/urandom"
-    first, second = (ok("snapshot", "run", "--snapshot", warm, "--exec", command) for _ in range(2))
-    assert len(first) == len(second) == 16
-    assert first != second
+@pytest.fixture(scope="module")
+def server(baseline: str) -> Iterator[str]:
+    """The pid of a clone server of the baseline."""
+    with serving(baseline, "--pool", "1-3") as (_, pid):
+        yield pid
+    assert json.loads(ok("snapshot", "ls", "--json")) == []
 
 
 def line(process: "subprocess.Popen[bytes]") -> bytes:
@@ -66,6 +75,148 @@ def wait(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def clones(pid: str) -> list[str]:
+    """The clones of a server."""
+    found = next(s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
+    return sorted(clone["name"] for clone in found["clones"])
+
+
+def where_vms_are(*command: str) -> None:
+    """Run a command where the VMs are."""
+    if host.uses_machine(config.load()):
+        ok("machine", "ssh", "--", *command)
+    else:
+        subprocess.run(command, check=True)
+
+
+def test_a_clone_of_a_clone_goes_on_as_itself(baseline: str, vm_name: str) -> None:
+    tags, source = [name(), name()], baseline
+    try:
+        for tag in [*tags, None]:
+            with running("snapshot", "run", "--snapshot", source, "--name", vm_name, "--no-log-prefix") as process:
+                first = int(line(process))  # the output goes on with whole lines, without a gap
+                assert [int(line(process)) for _ in range(3)] == [first + 1, first + 2, first + 3]
+                found = vm(vm_name)
+                assert found is not None
+                assert (found["status"], found["snapshot"]) == ("running", source)
+                assert int(ok("exec", vm_name, "--", "cat", "/tmp/count")) > first
+                assert ok("exec", vm_name, "--vm", "--", "hostname").decode().strip() == vm_name
+                assert b"begun" not in ok("logs", vm_name)
+                if tag is not None:
+                    assert ok("snapshot", "create", vm_name, "--tag", tag).decode().strip() == tag
+                    source = tag
+                assert ok("stop", "-t", "0", vm_name).decode().strip() == vm_name
+            assert vm(vm_name) is None
+    finally:
+        fcvm("snapshots", "rm", *tags)
+
+
+def test_verify_and_carry_elsewhere(baseline: str, tmp_path: Path) -> None:
+    done = fcvm("snapshot", "verify", baseline, timeout=2 * TIMEOUT)
+    checks = done.stdout.decode().splitlines()
+    assert done.returncode == 0, (checks, done.stderr)
+    assert len(checks) >= 12
+    assert all(check.startswith("ok") for check in checks)
+    ok("snapshots", "export", baseline, str(tmp_path / "it.tar.zst"))
+    copy = name()
+    try:
+        assert ok("snapshots", "import", str(tmp_path / "it.tar.zst"), copy).decode().strip() == copy
+        assert ok("snapshot", "run", "--snapshot", copy, "--exec", "echo ready") == b"ready\n"
+    finally:
+        fcvm("snapshots", "rm", copy)
+
+
+def test_a_clone_for_one_command(server: str) -> None:
+    assert ok("snapshot", "run", "--pid", server, "--exec", "echo ready") == b"ready\n"
+    done = fcvm("snapshot", "run", "--pid", server, "--exec", "sh -c 'echo no >&2; exit 7'")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"", b"no\n")
+
+
+def test_two_clones_never_share_random_bytes(server: str) -> None:
+    command = "head -c 16 /dev/urandom"
+    first, second = (ok("snapshot", "run", "--pid", server, "--exec", command) for _ in range(2))
+    assert len(first) == len(second) == 16
+    assert first != second
+
+
+def test_a_fleet_with_a_port_each(server: str, vm_name: str) -> None:
+    with running(
+        "snapshot", "run", "--pid", server, "--count", "3", "--name", vm_name, "-p", "127.0.0.1:18081-18083:80"
+    ) as process:
+        names = [line(process).decode() for _ in range(3)]
+        assert names == [f"{vm_name}-{n}" for n in (1, 2, 3)]
+        for port in (18081, 18082, 18083):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=TIMEOUT) as page:
+                assert b"fcvm" in page.read()
+        assert clones(server) == names
+        ids = {ok("exec", clone, "--vm", "--", "cat", "/etc/machine-id") for clone in names}
+        assert len(ids) == 3
+        process.send_signal(signal.SIGINT)
+        process.wait(TIMEOUT)
+        assert [found for found in ls() if found["name"] in names] == []
+
+
+def test_a_killed_client_takes_its_clone_with_it(server: str, vm_name: str) -> None:
+    with running("snapshot", "run", "--pid", server, "--name", vm_name) as process:
+        line(process)
+        process.kill()
+        process.wait()
+        wait(lambda: vm(vm_name) is None)
+    assert clones(server) == []
+
+
+def test_clones_that_come_and_go_leave_nothing(server: str, vm_name: str) -> None:
+    for _ in range(5):
+        ok("snapshot", "run", "--pid", server, "--name", vm_name, "--exec", "true")
+    assert clones(server) == []
+    assert vm(vm_name) is None
+
+
+def test_a_killed_server_ends_its_clones_with_a_message(baseline: str, vm_name: str) -> None:
+    with (
+        serving(baseline, "--backend", "uffd") as (_, pid),
+        running("snapshot", "run", "--pid", pid, "--name", vm_name) as process,
+    ):
+        line(process)
+        (listed,) = (s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
+        assert listed["backend"] == "uffd"
+        assert listed["faults"] > 0
+        where_vms_are("kill", "-9", pid)
+        assert process.wait(TIMEOUT) == 125
+        assert process.stderr is not None
+        assert f"The clone server {pid} has ended, and its clones with it." in process.stderr.read().decode()
+    assert vm(vm_name) is None
+
+
+def test_control_c_at_a_server_with_clones_asks_first(baseline: str, vm_name: str) -> None:
+    with (
+        serving(baseline, "--pool", "0") as (served, pid),
+        running("snapshot", "run", "--pid", pid, "--name", vm_name) as process,
+    ):
+        line(process)
+        served.send_signal(signal.SIGINT)
+        assert served.stderr is not None
+        assert b"1 clones of" in served.stderr.readline()
+        assert (vm(vm_name) or {})["status"] == "running"
+        served.send_signal(signal.SIGINT)
+        assert served.wait(TIMEOUT) == 0
+        assert process.wait(TIMEOUT) == 137
+
+
+def test_a_killed_source_leaves_its_snapshots(baseline: str, vm_name: str) -> None:
+    tag = name()
+    with running("snapshot", "run", "--snapshot", baseline, "--name", vm_name) as process:
+        line(process)
+        with running("snapshot", "create", vm_name, "--tag", tag):
+            process.kill()
+            process.wait()
+    wait(lambda: vm(vm_name) is None)
+    tags = [found["tag"] for found in json.loads(ok("snapshots", "--json"))]
+    if tag in tags:  # it was quicker: then it is whole
+        assert ok("snapshot", "run", "--snapshot", tag, "--exec", "echo ready") == b"ready\n"
+        ok("snapshots", "rm", tag)
 
 
 def test_the_next_identical_run_starts_warm(vm_name: str) -> None:
@@ -106,3 +257,36 @@ def test_the_next_identical_run_starts_warm(vm_name: str) -> None:
             assert ok("stop", "-t", "0", other)
     finally:
         fcvm("snapshots", "rm", tag)
+
+
+# ---- the demonstrations, as a person runs them
+
+
+def example(script: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *options],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=4 * TIMEOUT,
+    )
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_example_clone_speed(baseline: str) -> None:
+    out = example("clone-speed", "--snapshot", baseline, "--rounds", "2")
+    assert "from the pool: 2 clones" in out
+    assert "without a server: 2 clones" in out
+
+
+def test_example_memory_sharing(baseline: str) -> None:
+    rows = [row.split() for row in example("memory-sharing", "--snapshot", baseline, "--count", "4").splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "4"]
+    assert float(rows[1][1]) < 4 * float(rows[0][1])  # four share what one has alone
+
+
+def test_example_scale_out() -> None:
+    out = example("scale-out", "--count", "6", "--port", "18101")
+    assert "6 of them have answered" in out
