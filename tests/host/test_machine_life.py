@@ -241,7 +241,7 @@ def test_ports_are_published_while_their_owner_lives(started: Machine) -> None:
         with socket.create_connection(("127.0.0.1", port[0]), timeout=60) as connection:
             assert connection.makefile("rb").read() == b"hello from the machine"
         busy = {"protocol": "tcp", "host_ip": "127.0.0.1", "host_port": port[0], "port": 80}
-        assert "Address already in use" in shell(started, ask_for(busy))
+        assert "is in use by" in json.loads(shell(started, ask_for(busy)))["error"]
         foreign = {"protocol": "tcp", "host_ip": "203.0.113.1", "host_port": 0, "port": 80}
         assert "203.0.113.1" in json.loads(shell(started, ask_for(foreign)))["error"]
     finally:
