@@ -1,4 +1,7 @@
-"""The network of real guests: one bridged and one rootless VM with nginx for most tests."""
+"""The network of real guests: a VM with nginx for most tests, or two with FCVM_TEST_NETWORKS=bridged,rootless.
+
+Two such VMs at once were seen to end the emulated host (docs/machine.md), so one is the default.
+"""
 
 import contextlib
 import os
@@ -18,6 +21,7 @@ import pytest
 from vm.conftest import FCVM, ROOT, TIMEOUT, environment, fcvm, ok, running, vm
 
 NGINX = "localhost/fcvm-nginx"
+MODES = os.environ.get("FCVM_TEST_NETWORKS", "bridged" if os.geteuid() == 0 else "rootless").split(",")
 # nginx on port 80; on 81 a server that only the guest's loopback reaches, on 82 another one
 SERVERS = (
     "busybox httpd -f -p 127.0.0.1:81 -h /var/www & echo $! > /run/dead.pid; "
@@ -200,19 +204,21 @@ def started(host: Host, mode: str, directory: Path) -> Iterator[Guest]:
 def guests(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Guest]]:
     """A VM of each mode that this user may have, by its mode."""
     subprocess.run([sys.executable, str(ROOT / "examples/build"), "nginx"], check=True, env=environment(), timeout=TIMEOUT)
-    modes = ["bridged", "rootless"] if os.geteuid() == 0 else ["rootless"]
     with ExitStack() as stack:
-        found = {mode: stack.enter_context(started(host, mode, tmp_path_factory.getbasetemp())) for mode in modes}
+        found = {mode: stack.enter_context(started(host, mode, tmp_path_factory.getbasetemp())) for mode in MODES}
         for guest in found.values():
             assert PAGE in get(guest.web, process=guest.process)
         yield found
 
 
-@pytest.fixture(params=["bridged", "rootless"])
+@pytest.fixture(params=MODES)
 def guest(request: pytest.FixtureRequest, guests: dict[str, Guest]) -> Guest:
-    if request.param not in guests:
-        pytest.skip("bridged needs root")
     return guests[request.param]
+
+
+def test_without_a_network_there_is_only_loopback() -> None:
+    out = ok("podman", "run", "--network", "none", "localhost/fcvm-demo", "--", "sh", "-c", "wget -q -T 3 -O - http://10.0.2.2/ || echo none")
+    assert out == b"none\n"
 
 
 def test_published_ports_reach_nginx(guest: Guest) -> None:
@@ -265,9 +271,8 @@ def test_names_are_looked_up_by_the_resolver_of_the_host(guest: Guest, host: Hos
     assert b"203.0.113.7" in out
 
 
+@pytest.mark.skipif(len(MODES) < 2, reason="FCVM_TEST_NETWORKS=bridged,rootless starts two VMs at once")
 def test_vms_reach_each_other_by_published_ports_only(guests: dict[str, Guest]) -> None:
-    if len(guests) < 2:
-        pytest.skip("bridged needs root")
     for one, other in (("bridged", "rootless"), ("rootless", "bridged")):
         network = (vm(guests[other].name) or {})["network"]
         closed = [f"10.0.2.2:{guests[other].local}"] + [f"{ip}:{guests[other].local}" for ip in own_addresses()]
@@ -317,8 +322,3 @@ def test_a_port_in_use_is_an_error_before_anything_starts(vm_name: str) -> None:
     assert done.returncode == 125
     assert str(port).encode() in done.stderr
     assert vm(vm_name) is None
-
-
-def test_without_a_network_there_is_only_loopback() -> None:
-    out = ok("podman", "run", "--network", "none", "localhost/fcvm-demo", "--", "sh", "-c", "wget -q -T 3 -O - http://10.0.2.2/ || echo none")
-    assert out == b"none\n"
