@@ -39,6 +39,7 @@ SESSION_PORT = 1024  # of virtio-vsock; the keeper connects to it
 # Not loaded on demand: devices have no udev here, and /dev/kvm and /dev/net/tun exist only once their driver does.
 # In two groups, as loading is mostly decompressing and linking, and there are two CPUs or more.
 MODULES = (("btrfs", "loop", "veth", "bridge"), ("kvm_amd", "tun", "nf_tables"))
+FIRST_CPU = 0  # for the kernel alone: QEMU spoils guests that run on it, see fcvm/machine/qemu.py
 STOP_SECONDS = 20.0  # that VMs and commands have to end by SIGTERM when the machine is stopped
 
 
@@ -46,6 +47,7 @@ def main() -> NoReturn:
     """Be PID 1."""
     os.environ.clear()
     os.environ.update(init.ENVIRONMENT)
+    os.sched_setaffinity(0, os.sched_getaffinity(0) - {FIRST_CPU})  # every process is a child of this one
     init.prepare()
     agent = os.fork()
     if agent == 0:

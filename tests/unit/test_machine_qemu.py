@@ -40,7 +40,7 @@ def values(option: str) -> list[str]:
 
 
 def test_command_line() -> None:
-    assert values("-smp") == ["3"]
+    assert values("-smp") == ["4"]  # the first is for no program
     assert values("-m") == ["2048M"]
     assert values("-append") == ["quiet fcvm.role=machine"]
     assert "svm=on" in values("-cpu")[0]

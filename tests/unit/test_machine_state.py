@@ -144,3 +144,11 @@ def test_paths_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_setting_for_the_machine() -> None:
     with pytest.raises(UsageError):
         settings.load({"machine_mem": "lots"}, env={})
+
+
+def test_the_logs_of_the_run_before_are_kept(places: Places) -> None:
+    for run in ("first", "second", "third"):
+        places.console.write_text(run)
+        places.keep_previous()
+    assert not places.console.exists()
+    assert state.previous(places.console).read_text() == "third"

@@ -46,6 +46,14 @@ def test_start_of_a_running_machine_does_nothing() -> None:
     assert json.loads(ok("machine", "status", "--json"))["pid"] == before
 
 
+def test_no_program_runs_on_the_first_cpu() -> None:
+    """Guests go astray there: see docs/machine.md."""
+    cpus = json.loads(ok("machine", "status", "--json"))["cpus"]
+    allowed = in_machine("for status in /proc/[0-9]*/task/*/status; do grep -q ^VmSize $status && grep Cpus_allowed_list $status; done")
+    expected = "1" if cpus == 1 else f"1-{cpus}"
+    assert {line.split()[-1] for line in allowed.decode().splitlines()} == {expected}
+
+
 def test_words_and_lines() -> None:
     assert in_machine("printf", "%s|", "a b", "$HOME", "'") == b"a b|$HOME|'|"
     assert in_machine("echo one; echo two") == b"one\ntwo\n"

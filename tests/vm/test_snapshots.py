@@ -8,13 +8,14 @@ import json
 import secrets
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, TIMEOUT, fcvm, ls, ok, running, vm
+from vm.conftest import DEMO, ROOT, TIMEOUT, environment, fcvm, ls, ok, running, vm
 
 from fcvm import config, host
 
@@ -173,6 +174,22 @@ def test_clones_that_come_and_go_leave_nothing(server: str, vm_name: str) -> Non
     assert vm(vm_name) is None
 
 
+def test_a_killed_server_ends_its_clones_with_a_message(baseline: str, vm_name: str) -> None:
+    with (
+        serving(baseline, "--backend", "uffd") as (_, pid),
+        running("snapshot", "run", "--pid", pid, "--name", vm_name) as process,
+    ):
+        line(process)
+        (listed,) = (s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
+        assert listed["backend"] == "uffd"
+        assert listed["faults"] > 0
+        where_vms_are("kill", "-9", pid)
+        assert process.wait(TIMEOUT) == 125
+        assert process.stderr is not None
+        assert f"The clone server {pid} has ended, and its clones with it." in process.stderr.read().decode()
+    assert vm(vm_name) is None
+
+
 def test_control_c_at_a_server_with_clones_asks_first(baseline: str, vm_name: str) -> None:
     with (
         serving(baseline, "--pool", "0") as (served, pid),
@@ -240,3 +257,36 @@ def test_the_next_identical_run_starts_warm(vm_name: str) -> None:
             assert ok("stop", "-t", "0", other)
     finally:
         fcvm("snapshots", "rm", tag)
+
+
+# ---- the demonstrations, as a person runs them
+
+
+def example(script: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *options],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=4 * TIMEOUT,
+    )
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_example_clone_speed(baseline: str) -> None:
+    out = example("clone-speed", "--snapshot", baseline, "--rounds", "2")
+    assert "from the pool: 2 clones" in out
+    assert "without a server: 2 clones" in out
+
+
+def test_example_memory_sharing(baseline: str) -> None:
+    rows = [row.split() for row in example("memory-sharing", "--snapshot", baseline, "--count", "4").splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "4"]
+    assert float(rows[1][1]) < 4 * float(rows[0][1])  # four share what one has alone
+
+
+def test_example_scale_out() -> None:
+    out = example("scale-out", "--count", "6", "--port", "18101")
+    assert "6 of them have answered" in out

@@ -1,10 +1,11 @@
-"""--map with real guests: live in both directions, kept when the server dies.
+"""--map with real guests: live in both directions, kept open by snapshots, clones and clones of clones.
 
 The container of ``source`` reads a line every moment from a file of one volume and writes its VM's name and the line into a
 file of another one, all through descriptors that it opened once; what it writes into a third one may fail.
 """
 
 import secrets
+import shutil
 import subprocess
 import threading
 import time
@@ -71,6 +72,11 @@ def goes_on(base: Path, name: str) -> int:
     before = len(lines(base, name))
     wait_for(lambda: len(lines(base, name)) >= before + 6, f"{name} to go on")
     return int([line for line in lines(base, name) if line != "lost"][-1])
+
+
+def begin(base: Path, name: str) -> int:
+    """The number of the first line that the container of ``name`` read."""
+    return next(int(line) for line in lines(base, name) if line != "lost")
 
 
 def test_directories_files_and_odd_names(tmp_path: Path) -> None:
@@ -145,3 +151,38 @@ def test_a_server_that_is_killed_is_a_pause(source: str, base: Path) -> None:
     assert goes_on(base, source) > before
     assert "lost" not in lines(base, source)
     assert [int(n) for n in lines(base, source)] == list(range(len(lines(base, source))))
+
+
+def test_snapshots_and_clones_go_on_with_their_files(source: str, base: Path) -> None:
+    tag, second = f"test-{secrets.token_hex(4)}", f"test-{secrets.token_hex(4)}"
+    clone, grandchild, pooled = f"{tag}-c", f"{tag}-cc", f"{tag}-p"
+    try:
+        ok("snapshot", "create", source, "--tag", tag)
+        at = goes_on(base, source)  # the source keeps its volumes
+        assert "lost" not in lines(base, source)
+        (base / "ro" / "lines").rename(base / "ro" / "renamed")
+        shutil.rmtree(base / "gone")
+        with running("snapshot", "run", "--snapshot", tag, "--name", clone):
+            first = goes_on(base, clone)
+            assert "lost" in lines(base, clone)
+            assert begin(base, clone) <= at
+            assert ok("exec", clone, "--", "ls", "/ro") == b"renamed\n"
+            gone = fcvm("exec", clone, "--", "ls", "/rw/nested")
+            assert gone.returncode != 0
+            assert b"Input/output error" in gone.stderr
+            assert (vm(clone) or {})["volumes"] == (vm(source) or {})["volumes"]
+            ok("snapshot", "create", clone, "--tag", second)
+            assert goes_on(base, clone) > first
+        with running("snapshot", "run", "--snapshot", second, "--name", grandchild):
+            assert goes_on(base, grandchild) > first
+            ok("exec", grandchild, "--", "sh", "-c", "echo third > /rw/generation")
+            assert (base / "rw" / "generation").read_text() == "third\n"
+        with running("snapshot", "serve", "--pool", "1", tag) as server:
+            assert server.stdout is not None
+            pid = server.stdout.readline().decode().strip()
+            with running("snapshot", "run", "--pid", pid, "--name", pooled):
+                goes_on(base, pooled)
+                assert begin(base, pooled) <= at
+    finally:
+        for name in (tag, second):
+            fcvm("snapshots", "rm", name)

@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("rm", help="stop it and remove its disk with all its VMs, images and snapshots")
     remove.add_argument("-f", "--force", action="store_true", help="do not ask")
     logs = actions.add_parser("logs", help="print the end of its keeper's log and of its console")
+    logs.add_argument("--previous", action="store_true", help="of the time before its last start: why it ended")
     logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="lines of each (default 50)")
 
 
@@ -152,12 +153,14 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
 
 
 def _logs(args: argparse.Namespace, context: Context) -> int:
-    from fcvm.machine.state import Places
+    from fcvm.machine.state import Places, previous
 
     places = Places.of(context.config.base_dir)
-    found = [path for path in (places.log, places.console) if path.exists()]
+    paths = [places.log, places.console]
+    found = [path for path in (map(previous, paths) if args.previous else paths) if path.exists()]
     if not found:
-        raise NotFoundError("The machine has never been started.", hint="fcvm machine start")
+        times = "once only" if args.previous and places.log.exists() else "never"
+        raise NotFoundError(f"The machine has been started {times}.", hint="fcvm machine logs" if times != "never" else "fcvm machine start")
     for path in found:
         print(f"==> {path} <==")
         print("\n".join(path.read_text(errors="replace").splitlines()[-args.lines :]))

@@ -180,7 +180,6 @@ class Keeper:
         self._control, monitor, files, connections = (ours for ours, _ in pairs)
         fds = control_fd, qmp_fd, hostfs_fd, vsock_fd = tuple(theirs.fileno() for _, theirs in pairs)
         self._places.oem.write_text(self._oem())
-        self._places.console.unlink(missing_ok=True)
         spec = qemu.Spec(
             cpus=self._job.cpus,
             memory=self._job.memory,

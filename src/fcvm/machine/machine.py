@@ -114,6 +114,7 @@ class Machine:
             progress_fd=progress_fd,
             starting_fd=starting_fd,
         )
+        places.keep_previous()
         with open(places.log, "wb") as log:
             process.spawn(
                 [sys.executable, "-ISE", "-c", KEEPER, str(SOURCES), job.to_json()],

@@ -5,6 +5,11 @@ The choices, measured on a host without KVM:
 - ``-cpu EPYC,svm=on``: an emulated SVM, so the machine's own kernel has a real /dev/kvm with nested paging. QEMU 10 is
   needed: 7.2 gets XSAVE of nested guests wrong. ``+arat`` takes an idle machine from 1.6 % of a CPU to 0.2 %.
   ``+vgif`` would save VMs that run VMs a third of their exits, but one of the machine's CPUs then fell asleep for good.
+- One CPU more than wanted, on which no VM ever runs (``fc_agent/machine.py`` keeps every program off it). QEMU 10.0 to at
+  least 10.0.13 has a data race: every XRSTOR of every CPU clears a flag of the *first* CPU, not atomically
+  (``cpu_set_fpus`` and ``cpu_clear_ignne``, target/i386/tcg/fpu_helper.c), and the flags beside it say whether that CPU is
+  in a guest, with nested paging, with interrupts. Where VMs ran on the first CPU, about one in ten beside another VM went
+  astray: it stood still, ended by a triple fault, or took the machine with it.
 - ``tb-size=256``: MiB of translated code; the default grows to 800 MB, 64 thrashes.
 - The memory is a shared memory file, because the keeper serves two devices itself, the host's files (``hostfs.py``) and
   connections (``vsock.py``), and reads requests straight from it.
@@ -36,7 +41,7 @@ HOST_TAG = "host"
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What QEMU is to run; memory in MiB. ``fds`` of the sockets to the keeper, which QEMU inherits."""
+    """What QEMU is to run; memory in MiB, ``cpus`` for programs. ``fds`` of the sockets to the keeper, which QEMU inherits."""
 
     cpus: int
     memory: int
@@ -60,7 +65,7 @@ def command(spec: Spec, program: str) -> list[str]:
         ("-machine", "q35,memory-backend=memory,usb=off,vmport=off"),
         ("-accel", "tcg,thread=multi,tb-size=256"),
         ("-cpu", "EPYC,svm=on,+arat"),
-        ("-smp", str(spec.cpus)),
+        ("-smp", str(spec.cpus + 1)),
         ("-m", f"{spec.memory}M"),
         ("-object", f"memory-backend-memfd,id=memory,size={spec.memory}M,share=on"),
         ("-kernel", str(spec.kernel)),

@@ -5,6 +5,7 @@ directory, so that two base directories have two machines. The keeper (``keeper.
 whole life: whether a machine runs is asked of the kernel. ``state.json`` tells the rest; it is replaced, never edited.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -48,6 +49,12 @@ class Places:
     @property
     def log(self) -> Path:
         return self.directory / "keeper.log"
+
+    def keep_previous(self) -> None:
+        """Keep what the machine before this one wrote, as ``NAME.1``: why it ended can still be read."""
+        for path in (self.console, self.log):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, previous(path))
 
     @property
     def state(self) -> Path:
@@ -93,6 +100,11 @@ class Places:
                     f"{directory} belongs to somebody else, so the machine's sockets would not be safe in it.",
                     hint="set XDG_RUNTIME_DIR to a directory of your own",
                 )
+
+
+def previous(path: Path) -> Path:
+    """Where the file ``path`` of the run before this one is kept."""
+    return path.with_name(f"{path.name}.1")
 
 
 @dataclass(frozen=True, slots=True)
