@@ -75,6 +75,9 @@ class Agent:
             self._on_plan(Plan.from_json(message))
         elif kind == "restored":
             self._on_restored(Identity.from_json(message.get("identity")))
+        elif kind == "clock":
+            now = identity.adjust_clock(int(message.get("adjust_ns", 0)))
+            self._control.tell({"type": "clock", "sent_ns": message.get("sent_ns"), "now_ns": now})
         elif kind == "warm":
             self._on_warm()
         elif kind == "stop":

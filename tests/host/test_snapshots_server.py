@@ -227,6 +227,14 @@ def test_fleet_in_one_call(layout: Layout) -> None:
         wait_until(layout, [])
 
 
+def test_fleet_of_one_is_a_fleet(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "web", "--count", 1) as process:
+        assert line_of(process) == "web-1"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        wait_until(layout, [])
+
+
 def test_fleet_with_a_name_that_is_taken_is_none(layout: Layout) -> None:
     with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "web-2") as process:
         line_of(process)

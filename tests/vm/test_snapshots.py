@@ -32,6 +32,7 @@ def baseline() -> Iterator[str]:
     source, tag = name(), name()
     ok("podman", "run", "-d", "--name", source, DEMO, "--", "sh", "-c", SCRIPT)
     try:
+        wait(lambda: len(ok("logs", source).split()) > 2)  # a clone goes on behind it
         ok("snapshot", "create", source, "--tag", tag)
         before = int(ok("exec", source, "--", "cat", "/tmp/count"))
         assert (vm(source) or {})["status"] == "running"

@@ -83,7 +83,7 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="run a command in the clone's container, print its output, and end the clone; the exit code is the command's",
     )
-    add("--count", metavar="N", help="so many clones, named NAME-1 to NAME-N")
+    add("--count", metavar="N", help="a fleet: so many clones, named NAME-1 to NAME-N; prints their names, not their output")
     add(
         "--publish",
         "-p",
@@ -135,8 +135,9 @@ def _prepare_run(args: argparse.Namespace) -> None:
         args.pid = values.number(args.pid, "--pid", least=1)
     else:
         check_tag(args.snapshot)
-    args.count = 1 if args.count is None else values.number(args.count, "--count", least=1)
-    for option, wanted in (("--count", args.count > 1), ("--detach", args.detach)):
+    args.fleet = args.count is not None
+    args.count = values.number(args.count, "--count", least=1) if args.fleet else 1
+    for option, wanted in (("--count", args.fleet), ("--detach", args.detach)):
         if wanted and args.snapshot is not None:
             raise UsageError(f"{option} needs a clone server.", hint=f"fcvm snapshot serve -d {args.snapshot}")
         if wanted and args.exec is not None:
@@ -186,11 +187,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
 def _run(args: argparse.Namespace, context: Context) -> int:
     from fcvm.snapshots import client
 
-    names = (
-        [args.name]
-        if args.count == 1
-        else [f"{args.name}-{n}" if args.name else None for n in range(1, args.count + 1)]
-    )
+    names = [args.name]
+    if args.fleet:
+        names = [f"{args.name}-{n}" if args.name else None for n in range(1, args.count + 1)]
     wanted = [
         client.Wanted(name, publish, args.network, args.log_prefix)
         for name, publish in zip(names, args.publish, strict=True)
@@ -202,7 +201,7 @@ def _run(args: argparse.Namespace, context: Context) -> int:
         return direct.run(args.snapshot, wanted[0], context.config, command=args.command)
     if args.command is not None:
         return client.execute(context.layout, args.pid, wanted[0], args.command)
-    return client.run(context.layout, args.pid, wanted, detach=args.detach)
+    return client.run(context.layout, args.pid, wanted, attached=not (args.fleet or args.detach), detach=args.detach)
 
 
 def _create(args: argparse.Namespace, context: Context) -> int:

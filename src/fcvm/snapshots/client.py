@@ -75,25 +75,24 @@ class Clone:
         self.connection.close()
 
 
-def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, detach: bool = False) -> int:
+def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, detach: bool = False) -> int:
     """Run clones until they end; returns the exit code of the first that is not 0.
 
-    Prints their names once they run, except for a single one, whose container's output is shown instead. The first
-    SIGINT, SIGTERM or SIGHUP stops them, the second kills them.
+    Prints their names once they run, or with ``attached`` their containers' output instead. The first SIGINT, SIGTERM or
+    SIGHUP stops them, the second kills them.
 
     Raises:
         NotFoundError: there is no such server. FcvmError: a clone cannot be made; then none of them is left.
     """
-    shown = len(wanted) == 1 and not detach
     with contextlib.ExitStack() as stack:
         clones: list[Clone] = []
         stack.enter_context(_stopping(clones))
         for want in wanted:  # all are asked for before the first is waited for
-            clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if shown else ())
+            clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if attached else ())
             stack.callback(clone.close)
             clones.append(clone)
         started = [clone.started() for clone in clones]
-        if not shown:
+        if not attached:
             for names in started:
                 print(names["name"], flush=True)
         if detach:

@@ -32,6 +32,7 @@ from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
 from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, sessions, state, warm
+from fcvm.vm.clock import Clock
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -69,6 +70,7 @@ class Supervisor:
         self.id = state.new_id()
         self.directory: Path = self.layout.vms / self.id
         self.timings = Timings()
+        self._restored_at = 0  # nanoseconds of the epoch
         self._start = start
         self._on_started = on_started
         self._attachable = threading.Event()  # the container runs, or never will
@@ -193,6 +195,7 @@ class Supervisor:
         self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
+        self._clock = Clock(self.control.send, time.time_ns)
         self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
         self.firecracker: Firecracker = self._vmm.enter_context(self._start.firecracker(self))
@@ -330,6 +333,7 @@ class Supervisor:
         elif self._phase == "starting" and known.get("phase") == "running":
             self._phase = "restored"
             self._deadline = time.monotonic() + self._start.timeout
+            self._restored_at = time.time_ns()
             self.control.send(plan.restored(self))
         if known.get("health"):
             self._on_health_message({"status": known["health"]})
@@ -361,7 +365,11 @@ class Supervisor:
     def _on_ready_message(self, message: dict[str, Any]) -> None:
         if self._phase == "restored":
             self.timings.mark("identity")
+            self._clock.was_set(self._restored_at)
             self._run()
+
+    def _on_clock_message(self, message: dict[str, Any]) -> None:
+        self._clock.answered(int(message["sent_ns"]), int(message["now_ns"]))
 
     def _run(self) -> None:
         """The container runs: it can be attached to."""

@@ -1,0 +1,66 @@
+"""A restored guest's clock, with guests whose messages take given times."""
+
+import random
+from typing import Any
+
+from fcvm.vm import clock
+from fcvm.vm.clock import CLOSE, TRIES, Clock
+
+MS = 1_000_000
+
+
+class Guest:
+    """A guest whose clock is ``off`` nanoseconds wrong; a message to it and back takes what ``delays`` says."""
+
+    def __init__(self, off: int, delays: list[int]) -> None:
+        self.time = 1_700_000_000 * 1_000_000_000
+        self.off = off
+        self.delays = delays
+        self.asked: list[dict[str, Any]] = []
+        self.clock = Clock(self.asked.append, lambda: self.time)
+
+    def settle(self) -> int:
+        """Answer all questions; returns how many there were."""
+        count = 0
+        while self.asked:
+            message = self.asked.pop()
+            self.time += self.delays.pop(0)
+            self.off += message["adjust_ns"]
+            shown = self.time + self.off
+            self.time += self.delays.pop(0)
+            self.clock.answered(message["sent_ns"], shown)
+            count += 1
+        return count
+
+
+def test_where_messages_are_fast_nothing_is_asked() -> None:
+    guest = Guest(off=-MS, delays=[])
+    sent = guest.time
+    guest.time += 2 * MS
+    guest.clock.was_set(sent)
+    assert guest.settle() == 0
+
+
+def test_a_late_clock_is_set_right() -> None:
+    guest = Guest(off=-155 * MS, delays=[MS] * 20)
+    sent = guest.time
+    guest.time += 170 * MS
+    guest.clock.was_set(sent)
+    assert guest.settle() == 2  # one that tells, one that shows that it helped
+    assert abs(guest.off) <= MS
+
+
+def test_it_is_right_in_the_end_unless_messages_never_are_fast() -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        guest = Guest(off=-rng.randrange(200 * MS), delays=[rng.randrange(30 * MS) for _ in range(2 * TRIES)])
+        guest.clock.was_set(guest.time - 100 * MS)
+        asked = guest.settle()
+        assert asked == TRIES or abs(guest.off) <= CLOSE
+
+
+def test_it_gives_up() -> None:
+    guest = Guest(off=-155 * MS, delays=[40 * MS] * 2 * TRIES)
+    guest.clock.was_set(guest.time - clock.CLOSE - 1)
+    assert guest.settle() == TRIES
+    assert abs(guest.off) <= 40 * MS
