@@ -1,4 +1,6 @@
-"""All measurements, or those named: ``python -m bench [start run clones guests network ...]``.
+"""All measurements, or those named: ``python -m bench [start run clones guests network ...] [--quick ...]``.
+
+Options go to each of them.
 
 Each is a module of its own that prints a table, with its floor measured in the same run. Those in ``WHERE_VMS_ARE`` run
 in the machine where there is no KVM. What those in ``REPORTED`` find is kept in ``build/bench/``, and bench/report.py makes
@@ -19,12 +21,12 @@ WHERE_VMS_ARE = ("run", "guests")
 REPORTED = ("run", "clones", "guests")
 
 
-def command(name: str) -> list[str]:
+def command(name: str, options: list[str]) -> list[str]:
     """How to run the bench ``name`` from here."""
     settings = config.load()
     results = RESULTS / f"{name}.json"
     if name not in WHERE_VMS_ARE or not host.uses_machine(settings):
-        return [sys.executable, "-m", f"bench.{name}", *(["--json", str(results)] if name in REPORTED else [])]
+        return [sys.executable, "-m", f"bench.{name}", *options, *(["--json", str(results)] if name in REPORTED else [])]
     from fcvm.machine.sync import BASE, HOST, plan
 
     layout = Layout(settings.base_dir)
@@ -42,20 +44,33 @@ def command(name: str) -> list[str]:
         "python3",
         "-m",
         f"bench.{name}",
+        *options,
         "--json",
         f"{HOST}{results}",
     ]
 
 
+def prepare() -> None:
+    """See that the example images are where VMs run."""
+    for name in ("demo", "nginx"):
+        subprocess.run([sys.executable, str(ROOT / "examples/build"), name], stdout=subprocess.DEVNULL, check=True)
+        once = ["podman", "run", "--no-snapshot", f"localhost/fcvm-{name}", "--", "busybox", "true"]
+        subprocess.run([sys.executable, "-m", "fcvm", *once], cwd=ROOT, check=True)
+
+
 def main() -> int:
     code = 0
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or BENCHES:
+    names = [word for word in sys.argv[1:] if not word.startswith("-")] or BENCHES
+    options = [word for word in sys.argv[1:] if word.startswith("-")]
+    if set(names) & set(WHERE_VMS_ARE):
+        prepare()
+    for name in names:
         if not (ROOT / "bench" / f"{name}.py").exists():
             print(f"There is no bench named {name}; there are: {', '.join(BENCHES)}.", file=sys.stderr)
             return 125
         print(f"\n=== {name}", flush=True)
-        code |= subprocess.run(command(name), cwd=ROOT, check=False).returncode
+        code |= subprocess.run(command(name, options), cwd=ROOT, check=False).returncode
     if code == 0:
         code = subprocess.run([sys.executable, "-m", "bench.report"], cwd=ROOT, check=False).returncode
     return code

@@ -1,5 +1,6 @@
 """What the benches share: summaries beside a floor, memory, what it was measured on, lines of text."""
 
+import json
 import os
 import platform
 import statistics
@@ -7,9 +8,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fcvm.images import store
+from fcvm.images.store import Image
+from fcvm.storage.layout import Layout
+from fcvm.vm.spec import ImageUse
+
 
 def now() -> float:
     return time.perf_counter()
+
+
+def image(layout: Layout, name: str) -> tuple[Image, ImageUse]:
+    """The example image ``name``, known by its configuration: in the machine images have no names."""
+    for found, _ in store.images(layout):
+        if name in json.dumps(found.config):
+            return found, ImageUse(f"localhost/fcvm-{name}", found.id, found.digest, str(found.path))
+    raise SystemExit(f"There is no image localhost/fcvm-{name} where VMs run: examples/build {name}, and run it once")
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -69,7 +83,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "cpu": this_host().cpu,
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load": os.getloadavg()[0],

@@ -23,24 +23,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import available, beside, machine, now, pss, show, summary
+from bench.common import available, beside, image, machine, now, pss, show, summary
 from fc_agent.protocol import Identity, NetworkPlan
 from fcvm import config, setup
 from fcvm.agent import session, vsock
 from fcvm.agent.control import Control
 from fcvm.firecracker.process import VSOCK, Firecracker
-from fcvm.images import store as images
 from fcvm.network import attach
 from fcvm.network import spec as networks
 from fcvm.snapshots import restore, store
 from fcvm.snapshots.client import Clone, Wanted
 from fcvm.storage.layout import Layout, remove
 from fcvm.vm import paths, state
-from fcvm.vm.spec import ImageUse, RunSpec
+from fcvm.vm.spec import RunSpec
 
 FCVM = [sys.executable, "-m", "fcvm"]
 PATIENCE = 900.0  # seconds; emulated guests on a busy host take their time
-COMMAND = ["echo", "ready"]
+COMMAND = ["busybox", "echo", "ready"]
 MIB = 1024  # KiB
 
 
@@ -53,9 +52,7 @@ class Bench:
         self.config = config.load()
         self.layout = Layout(self.config.base_dir)
         self.assets = setup.find(self.config, self.layout)
-        found = list(images.images(self.layout))
-        self.image, names = next((i for i in found if any("nginx" in name for name in i[1])), found[0])
-        self.reference = names[0] if names else self.image.id
+        self.image, self.use = image(self.layout, "nginx")
         self.tag = f"bench-{secrets.token_hex(4)}"
         self.numbers = itertools.count()
         stack.enter_context(self._running())
@@ -64,8 +61,7 @@ class Bench:
         self.snapshot = store.find(self.layout, self.tag)
 
     def spec(self, **changes: Any) -> RunSpec:
-        use = ImageUse(self.reference, self.image.id, self.image.digest, str(self.image.path))
-        values = {"name": f"bench-{os.getpid()}-{next(self.numbers)}", "image": use, "memory": 512, **changes}
+        values = {"name": f"bench-{os.getpid()}-{next(self.numbers)}", "image": self.use, "memory": 512, **changes}
         return RunSpec(**values)
 
     @contextlib.contextmanager
@@ -249,7 +245,7 @@ def memory(bench: Bench) -> dict[str, Any]:
             clones = [Clone(bench.layout, pid, Wanted(None, [])) for _ in range(count)]
             directories = [bench.layout.vms / clone.started()["id"] for clone in clones]
             for directory in directories:
-                ask(directory, page if "nginx" in bench.reference else COMMAND)
+                ask(directory, page)
             pids = firecrackers(directories)
             sizes = [pss(pid) for pid in pids]
             written = [private_dirty(pid) for pid in pids]

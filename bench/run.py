@@ -15,12 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench import floor
+from bench import common, floor
 from fcvm import config, setup
-from fcvm.images import store
 from fcvm.storage.layout import Layout
-
-IMAGE = "localhost/fcvm-demo:latest"
 
 
 def fcvm(spec: dict[str, object]) -> tuple[float, dict[str, float]]:
@@ -40,13 +37,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from fcvm.vm.spec import ImageUse, RunSpec
+    from fcvm.vm.spec import RunSpec
 
     settings = config.load()
     layout = Layout(settings.base_dir)
     assets = setup.find(settings, layout)
-    image, _ = next(found for found in store.images(layout))
-    use = ImageUse(IMAGE, image.id, image.digest, str(image.path))
+    image, use = common.image(layout, "demo")
     results: dict[str, list[float]] = {"floor": [], "fcvm, cold": [], "fcvm, boot snapshot": []}
     stages: dict[str, float] = {}
     for number in range(args.rounds):
