@@ -369,7 +369,9 @@ class Supervisor:
             self._run()
 
     def _on_clock_message(self, message: dict[str, Any]) -> None:
-        self._clock.answered(int(message["sent_ns"]), int(message["now_ns"]))
+        sent, shown = message.get("sent_ns"), message.get("now_ns")
+        if isinstance(sent, int) and isinstance(shown, int):
+            self._clock.answered(sent, shown)
 
     def _run(self) -> None:
         """The container runs: it can be attached to."""
