@@ -7,15 +7,14 @@ the user's file (``~/.config/fcvm/config.toml``), the system's (``/etc/fcvm/conf
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fcvm.errors import UsageError
+from fcvm.structs import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(Struct):
     """One setting: its ``name`` is the TOML key, ``FCVM_<NAME>`` the variable, and ``help`` its documentation."""
 
     name: str
@@ -88,8 +87,7 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Struct):
     """The settings in force, as attributes (``config.base_dir``); made by ``load``."""
 
     base_dir: Path

@@ -12,11 +12,11 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
+from fcvm.structs import Struct
 
 KVM_DEVICE = Path("/dev/kvm")
 
@@ -26,8 +26,7 @@ KVM_CREATE_VM = 0xAE01
 KVM_API_VERSION = 12  # the only one since Linux 2.6.22
 
 
-@dataclass(frozen=True, slots=True)
-class Kvm:
+class Kvm(Struct):
     """Whether Firecracker can run guests here; if not, ``reason`` says why in one sentence, ``hint`` what helps.
 
     ``forbidden``: all that is missing is this user's permission.

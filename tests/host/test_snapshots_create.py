@@ -1,6 +1,5 @@
 """Snapshots of real VMs: consistent, complete, small, and never at the cost of the VM that they are of."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import baremetal
 import pytest
 from baremetal import FIRST, Guest
 
+from fcvm import structs
 from fcvm.errors import FirecrackerError, HostError, SnapshotError
 from fcvm.process import run
 from fcvm.snapshots import create, restore, store
@@ -298,10 +298,10 @@ def test_damaged_snapshot_is_refused_and_the_vmm_killed(tmp_path: Path, snapshot
 def test_missing_disk_is_refused_with_the_image_to_pull(
     tmp_path: Path, snapshot: store.Snapshot, layout: Layout
 ) -> None:
-    manifest = dataclasses.replace(
+    manifest = structs.replace(
         snapshot.manifest, disks={"image.img": "images/abc.img"}, image={"reference": "localhost/demo"}
     )
-    needs = dataclasses.replace(snapshot, manifest=manifest)
+    needs = structs.replace(snapshot, manifest=manifest)
     with pytest.raises(SnapshotError, match=r"needs .*images/abc\.img") as caught:
         restore.find_disks(needs, layout)
     assert caught.value.hint == "fcvm images pull localhost/demo"
@@ -312,7 +312,7 @@ def test_missing_disk_is_refused_with_the_image_to_pull(
 def test_compatibility_is_asked_of_the_running_vmm(tmp_path: Path, snapshot: store.Snapshot) -> None:
     with baremetal.clone(tmp_path / "clone", snapshot) as vmm:
         restore.check(snapshot, vmm)
-        other = dataclasses.replace(snapshot, manifest=dataclasses.replace(snapshot.manifest, firecracker="0.9.0"))
+        other = structs.replace(snapshot, manifest=structs.replace(snapshot.manifest, firecracker="0.9.0"))
         with pytest.raises(SnapshotError, match=r"made by Firecracker 0\.9\.0"):
             restore.check(other, vmm)
 

@@ -1,7 +1,6 @@
 """The pool of loaded clones, against real Firecrackers."""
 
 import contextlib
-import dataclasses
 import os
 import select
 import signal
@@ -15,6 +14,7 @@ import baremetal
 import pytest
 from baremetal import FIRST, Guest
 
+from fcvm import structs
 from fcvm.errors import NetworkError, SnapshotError
 from fcvm.firecracker import boot
 from fcvm.network import attach, spec
@@ -164,7 +164,7 @@ def test_each_clone_is_in_a_namespace_of_its_own(kit: Kit, vms: Path) -> None:
         assert directory.name == clone_id
         return attach.create(spec.parse("none"), clone_id, directory)
 
-    with Pool(dataclasses.replace(kit, network=network), vms, minimum=2) as pool:
+    with Pool(structs.replace(kit, network=network), vms, minimum=2) as pool:
         clones = pool.take_many(2)
         try:
             spaces = {os.readlink(f"/proc/{clone.firecracker.pid}/ns/net") for clone in clones}
@@ -179,7 +179,7 @@ def test_network_that_cannot_be_had_is_told_to_who_asks(kit: Kit, vms: Path) -> 
     def network(clone_id: str, directory: Path) -> contextlib.AbstractContextManager[None]:
         raise NetworkError("no network today")
 
-    with Pool(dataclasses.replace(kit, network=network), vms) as pool:
+    with Pool(structs.replace(kit, network=network), vms) as pool:
         with pytest.raises(NetworkError, match="no network today"):
             pool.take()
         with pytest.raises(NetworkError, match="no network today"):
@@ -193,14 +193,14 @@ def test_snapshot_that_cannot_be_loaded_is_told_to_who_asks(kit: Kit, vms: Path,
     (copy / store.VMSTATE).write_bytes(b"nonsense")
     (copy / store.MEMORY).symlink_to(kit.snapshot.memory)
     (copy / store.SCRATCH).symlink_to(kit.snapshot.scratch)
-    broken = dataclasses.replace(kit, snapshot=dataclasses.replace(kit.snapshot, path=copy))
+    broken = structs.replace(kit, snapshot=structs.replace(kit.snapshot, path=copy))
     with Pool(broken, vms) as pool, pytest.raises(SnapshotError, match="'warm' cannot be restored"):
         pool.take()
 
 
 def test_uffd_backend_with_one_memory_server_for_all(kit: Kit, vms: Path, tmp_path: Path) -> None:
     with MemoryServer(kit.snapshot.memory, tmp_path / "s") as server:
-        served = dataclasses.replace(kit, backend="uffd", memory_socket=server.socket)
+        served = structs.replace(kit, backend="uffd", memory_socket=server.socket)
         with Pool(served, vms, minimum=3) as pool, contextlib.ExitStack() as stack:
             clones = pool.take_many(3)
             for clone in clones:
@@ -219,7 +219,7 @@ def test_taking_ends_when_the_pool_closes(kit: Kit, vms: Path) -> None:
         stop.wait(60)
         raise NetworkError("too late")
 
-    pool = Pool(dataclasses.replace(kit, network=network), vms)
+    pool = Pool(structs.replace(kit, network=network), vms)
     errors: list[Exception] = []
 
     def take() -> None:

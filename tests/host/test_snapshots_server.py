@@ -1,7 +1,6 @@
 """The clone server and its clients, with real clones whose guest acts the agent (baremetal/guest.c)."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import select
@@ -16,6 +15,7 @@ import baremetal
 import pytest
 from baremetal import Guest
 
+from fcvm import structs
 from fcvm.firecracker import boot
 from fcvm.setup import Assets
 from fcvm.snapshots import create, servers, store
@@ -56,7 +56,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     with baremetal.booted(made.base / "vm") as vmm:
         with Guest(made.base / "vm") as guest:
             guest.on_reset(baremetal.ACT_AGENT)
-        manifest = dataclasses.replace(
+        manifest = structs.replace(
             baremetal.manifest(vmm),
             disks={boot.ROOT_DISK: "guest/root.img", boot.IMAGE_DISK: "images/image.img"},
             image={"reference": "localhost/demo"},

@@ -1,6 +1,5 @@
 """VMs that run VMs: what they need of a host, the words for kernel and Firecracker, the disk's content, images that are lent."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fc_agent import nested as guest
-from fcvm import config, host
+from fcvm import config, host, structs
 from fcvm.config import Config
 from fcvm.errors import HostError, ImageError, UsageError
 from fcvm.firecracker import boot
@@ -75,7 +74,7 @@ def test_a_host_that_does_not_nest_says_what_to_set(monkeypatch: pytest.MonkeyPa
 
 
 def test_nv2_is_a_shorthand_on_arm_only(settings: Config) -> None:
-    nv2 = dataclasses.replace(settings, nv2=True)
+    nv2 = structs.replace(settings, nv2=True)
     assert profile.firecracker_args(["--x"], nv2, "aarch64") == ["--x", "--enable-nv2"]
     assert profile.firecracker_args(["--enable-nv2"], nv2, "aarch64") == ["--enable-nv2"]
     assert profile.firecracker_args(["--x"], settings, "x86_64") == ["--x"]
@@ -89,7 +88,7 @@ def test_the_variable_for_nv2(tmp_path: Path) -> None:
 
 def test_what_an_inception_vm_needs(settings: Config) -> None:
     profile.check(settings, None, "6.12.1-amd64", [], "x86_64")
-    kata = dataclasses.replace(settings, kernel_profile="kata")
+    kata = structs.replace(settings, kernel_profile="kata")
     with pytest.raises(UsageError, match="has no KVM"):
         profile.check(kata, None, "6.12.1", [], "x86_64")
     profile.check(kata, "/own/vmlinux", "6.12.1", [], "x86_64")

@@ -1,7 +1,6 @@
 """What the host can do: KVM in all its states, the CPU's clock, and the checks of `fcvm doctor`."""
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config, host
+from fcvm import config, host, structs
 from fcvm.cli import doctor
 from fcvm.cli.context import Context
 from fcvm.config import Config
@@ -71,13 +70,13 @@ def test_when_the_machine_is_used(
     settings: Config, monkeypatch: pytest.MonkeyPatch, setting: str, usable: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(usable, "because"))
-    assert host.uses_machine(dataclasses.replace(settings, machine=setting)) is expected
+    assert host.uses_machine(structs.replace(settings, machine=setting)) is expected
 
 
 def test_a_kvm_without_permission_is_no_reason_to_emulate(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(False, "You may not.", "sudo this", forbidden=True))
-    assert not host.uses_machine(dataclasses.replace(settings, machine="auto"))
-    assert host.uses_machine(dataclasses.replace(settings, machine="always"))
+    assert not host.uses_machine(structs.replace(settings, machine="auto"))
+    assert host.uses_machine(structs.replace(settings, machine="always"))
     with pytest.raises(HostError, match="You may not") as raised:
         host.need_kvm()
     assert raised.value.hint == "sudo this"
@@ -85,7 +84,7 @@ def test_a_kvm_without_permission_is_no_reason_to_emulate(settings: Config, monk
 
 def test_an_unknown_setting_for_the_machine_is_refused(settings: Config) -> None:
     with pytest.raises(UsageError, match="auto, always or never"):
-        host.uses_machine(dataclasses.replace(settings, machine="maybe"))
+        host.uses_machine(structs.replace(settings, machine="maybe"))
 
 
 def test_cpu_flags_of_both_architectures(tmp_path: Path) -> None:
@@ -206,7 +205,7 @@ def test_the_exit_code_tells_whether_run_can_work(
 
 
 def test_a_host_where_nothing_was_set_up(settings: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = dataclasses.replace(settings, kernel_profile="debian", debian_suite="never-built")
+    settings = structs.replace(settings, kernel_profile="debian", debian_suite="never-built")
     code, text = doctor_run(Context(settings), capsys, as_json=True)
     by_name = {check["name"]: check for check in json.loads(text)["checks"]}
     assert code == 1

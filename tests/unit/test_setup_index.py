@@ -1,12 +1,11 @@
 """Keys and pointers: what changes them, and that nothing stale or half there is ever found."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fcvm import config, setup
+from fcvm import config, setup, structs
 from fcvm.config import Config
 from fcvm.errors import HostError, SetupError, UsageError
 from fcvm.setup import assets, index, keys, recipe
@@ -69,7 +68,7 @@ def test_the_key_of_the_image_follows_its_inputs(settings: Config, monkeypatch: 
     base = settings.base_dir
     before = index.image_pointer(settings, base)
     assert index.image_pointer(settings, base) == before
-    other_suite = dataclasses.replace(settings, debian_suite="sid")
+    other_suite = structs.replace(settings, debian_suite="sid")
     assert index.image_pointer(other_suite, base) != before
     monkeypatch.setattr(recipe, "PACKAGES", (*recipe.PACKAGES, "vim"))
     assert index.image_pointer(settings, base) != before
@@ -148,10 +147,10 @@ def test_a_changed_binary_is_not_the_one_that_was_chosen(settings: Config) -> No
 def test_another_binary_in_the_settings_means_choose_again(settings: Config, tmp_path: Path) -> None:
     base = settings.base_dir
     populate(base, settings)
-    assert index.firecracker(dataclasses.replace(settings, firecracker="/usr/bin/true"), base) is None
+    assert index.firecracker(structs.replace(settings, firecracker="/usr/bin/true"), base) is None
     link = tmp_path / "link"
     link.symlink_to(base / "bin/abc/firecracker")
-    assert index.firecracker(dataclasses.replace(settings, firecracker=str(link)), base) is not None
+    assert index.firecracker(structs.replace(settings, firecracker=str(link)), base) is not None
 
 
 def test_the_systems_assets_are_shared_part_by_part(settings: Config, tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_assets_survive_json(settings: Config, tmp_path: Path, monkeypatch: pyte
 def test_the_kata_profile_has_its_own_kernel_and_initrd(settings: Config) -> None:
     base = settings.base_dir
     populate(base, settings)
-    kata = dataclasses.replace(settings, kernel_profile="kata", kernel_url="http://h/k.tar.zst", kernel_sha256="a" * 64)
+    kata = structs.replace(settings, kernel_profile="kata", kernel_url="http://h/k.tar.zst", kernel_sha256="a" * 64)
     with pytest.raises(SetupError, match="kata kernel"):
         setup.find(kata, Layout(base))
     kernel = Kata("4" * 16, "6.18.5-177")
@@ -202,10 +201,10 @@ def test_the_kata_profile_has_its_own_kernel_and_initrd(settings: Config) -> Non
 
 def test_wrong_settings_are_refused(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="debian or kata"):
-        index.profile(dataclasses.replace(settings, kernel_profile="own"))
+        index.profile(structs.replace(settings, kernel_profile="own"))
     with pytest.raises(UsageError, match="SHA-256"):
-        index.kata_archive(dataclasses.replace(settings, kernel_url="http://h/k.tar.xz"))
-    url, sha256 = index.kata_archive(dataclasses.replace(settings, kernel_sha256="B" * 64))
+        index.kata_archive(structs.replace(settings, kernel_url="http://h/k.tar.xz"))
+    url, sha256 = index.kata_archive(structs.replace(settings, kernel_sha256="B" * 64))
     assert url.endswith(".tar.zst")
     assert sha256 == "b" * 64
     monkeypatch.setattr(index.os, "uname", lambda: type("Host", (), {"machine": "riscv64"}))

@@ -1,6 +1,5 @@
 """Progress, downloads, archives and binaries: the small parts of setup, without root and without network."""
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config
+from fcvm import config, structs
 from fcvm.config import Config
 from fcvm.errors import HostError, SetupError
 from fcvm.setup import download, firecracker, guest, index, kata, progress, recipe, workspace
@@ -297,9 +296,9 @@ def test_the_setting_comes_first_then_path(
     chosen = tmp_path / "chosen"
     chosen.write_text(own.read_text())
     chosen.chmod(0o755)
-    assert firecracker.users(dataclasses.replace(settings, firecracker=str(chosen))) == chosen
+    assert firecracker.users(structs.replace(settings, firecracker=str(chosen))) == chosen
     with pytest.raises(SetupError):
-        firecracker.users(dataclasses.replace(settings, firecracker="/no/such/file"))
+        firecracker.users(structs.replace(settings, firecracker="/no/such/file"))
     binary("Firecracker v1.1.0")  # one on PATH that is too old is passed over
     assert firecracker.users(settings) is None
 
@@ -307,7 +306,7 @@ def test_the_setting_comes_first_then_path(
 def test_the_users_own_is_chosen_and_found_again(
     settings: Config, binary: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(settings, firecracker=str(binary("Firecracker v1.12.1")))
+    settings = structs.replace(settings, firecracker=str(binary("Firecracker v1.12.1")))
     layout = Layout(settings.base_dir)
     chosen = firecracker.build(settings, layout, progress.Silent())
     assert chosen.version == "1.12.1"
@@ -331,7 +330,7 @@ def test_no_mirror_is_named_unless_the_host_or_the_setting_names_one(
 ) -> None:
     monkeypatch.setattr(guest.sources, "read", list)
     assert guest.archive(settings) == []
-    own = dataclasses.replace(settings, debian_mirror="http://mirror.example/debian")
+    own = structs.replace(settings, debian_mirror="http://mirror.example/debian")
     assert guest.archive(own)[0] == "deb http://mirror.example/debian trixie main"
 
 

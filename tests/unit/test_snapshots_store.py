@@ -1,6 +1,5 @@
 """fcvm.snapshots.store: published whole or not at all, and not removed while in use."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fcvm import structs
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError, UsageError
 from fcvm.firecracker.boot import Hardware
 from fcvm.snapshots import manifest, store
@@ -32,7 +32,7 @@ def a_manifest(**changes: object) -> Manifest:
         image={"reference": "localhost/demo", "id": "sha256:1", "digest": "sha256:2"},
         spec={"name": "demo"},
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return structs.replace(made, **changes)  # type: ignore[arg-type]
 
 
 def fill(directory: Path, **changes: object) -> None:
@@ -268,7 +268,7 @@ def test_same_host_is_compatible() -> None:
 
 
 def test_more_features_and_newer_kernels_are_compatible() -> None:
-    newer = dataclasses.replace(HOST, flags=("avx2", "avx512f", "sse2"), kernel="7.0.0")
+    newer = structs.replace(HOST, flags=("avx2", "avx512f", "sse2"), kernel="7.0.0")
     check(HOST, newer, "1.12.9")
 
 
@@ -283,7 +283,7 @@ def test_more_features_and_newer_kernels_are_compatible() -> None:
 )
 def test_incompatible_hosts_are_refused(changes: dict[str, object], firecracker: str, message: str) -> None:
     with pytest.raises(SnapshotError, match=message):
-        check(HOST, dataclasses.replace(HOST, **changes), firecracker)  # type: ignore[arg-type]
+        check(HOST, structs.replace(HOST, **changes), firecracker)  # type: ignore[arg-type]
 
 
 def test_host_is_read_from_an_arm64_cpuinfo(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Warm starts: what names one, and which of the first run's output comes again."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fcvm import structs
 from fcvm.setup import Assets
 from fcvm.snapshots import store
 from fcvm.snapshots.store import Snapshot
@@ -24,8 +24,8 @@ ASSETS = Assets(NOWHERE, NOWHERE, "", NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHER
 @pytest.mark.parametrize(
     "changes",
     [
-        {"image": dataclasses.replace(IMAGE, digest="sha256:3")},
-        {"image": dataclasses.replace(IMAGE, id="sha256:3")},
+        {"image": structs.replace(IMAGE, digest="sha256:3")},
+        {"image": structs.replace(IMAGE, id="sha256:3")},
         {"command": ["serve", "-v"]},
         {"command": None},
         {"entrypoint": ["sh"]},
@@ -44,7 +44,7 @@ ASSETS = Assets(NOWHERE, NOWHERE, "", NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHER
     ],
 )
 def test_whatever_shapes_the_container_is_in_the_name(changes: dict[str, object]) -> None:
-    assert warm.tag(dataclasses.replace(SPEC, **changes), ASSETS) != warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
+    assert warm.tag(structs.replace(SPEC, **changes), ASSETS) != warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_whatever_shapes_the_container_is_in_the_name(changes: dict[str, object]
         {"remove": False},
         {"log_prefix": True},
         {"timings": True},
-        {"image": dataclasses.replace(IMAGE, reference="localhost/other", path="/elsewhere.img")},
+        {"image": structs.replace(IMAGE, reference="localhost/other", path="/elsewhere.img")},
     ],
 )
 def test_whatever_is_a_runs_own_is_not(changes: dict[str, object]) -> None:
-    assert warm.tag(dataclasses.replace(SPEC, **changes), ASSETS) == warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
+    assert warm.tag(structs.replace(SPEC, **changes), ASSETS) == warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_first_run_takes_it_and_the_next_one_starts_from_it(tmp_path: Path, monk
     cold = Boot(ASSETS)
     monkeypatch.setattr(boot_snapshot, "choose", lambda *_: cold)
     name = warm.tag(SPEC, ASSETS)
-    assert warm.choose(dataclasses.replace(SPEC, warm=False), ASSETS, layout) is cold
+    assert warm.choose(structs.replace(SPEC, warm=False), ASSETS, layout) is cold
     assert warm.choose(SPEC, ASSETS, layout) == Boot(ASSETS, warm=name)
 
     manifest = Snapshot("x", tmp_path, None)  # type: ignore[arg-type]

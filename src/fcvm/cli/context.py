@@ -1,13 +1,11 @@
 """What every command is given besides its own arguments."""
 
-from dataclasses import dataclass
-
 from fcvm.config import Config
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(Struct):
     """The settings in force and the data directory that they name."""
 
     config: Config

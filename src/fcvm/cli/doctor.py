@@ -1,11 +1,11 @@
 """`fcvm doctor`: what this host can do, what is missing, and the command that mends it."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 
+from fcvm import structs
 from fcvm.cli.context import Context
 
 WHERE = "here"
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     found = list(checks.every(context.config, context.layout))
     works = all(check.status != "fail" for check in found)
     if args.json:
-        listed = [dataclasses.asdict(check) for check in found]
+        listed = [structs.asdict(check) for check in found]
         print(json.dumps({"schema": SCHEMA, "ok": works, "checks": listed}, indent=2))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,12 +1,12 @@
 """`fcvm images`: the images that are here."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from fcvm import structs
 from fcvm.cli.context import Context
 from fcvm.cli.ls import age, table
 from fcvm.errors import FcvmError
@@ -143,7 +143,7 @@ def _used(context: Context) -> set[str]:
 
 
 def _public(image: "Image", names: list[str]) -> dict[str, Any]:
-    values = dataclasses.asdict(image)
+    values = structs.asdict(image)
     del values["reference"]
     return {"schema": SCHEMA, "names": names, **values, "path": str(image.path)}
 

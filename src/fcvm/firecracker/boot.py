@@ -5,10 +5,9 @@ order of disks (it finds them by letter): root ``vda``, scratch ``vdb``, image `
 ``vdd``; see docs/architecture.md.
 """
 
-from dataclasses import dataclass
-
 from fcvm.firecracker.api import Api
 from fcvm.firecracker.process import VSOCK
+from fcvm.structs import Struct
 
 ROOT_DISK = "root.img"
 SCRATCH_DISK = "scratch.img"
@@ -20,8 +19,7 @@ INITRD = "initrd.img"
 GUEST_CID = 3  # the first address of virtio-vsock that is not reserved
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
+class Hardware(Struct):
     """What shapes a VM before it boots, and so the snapshots that it can be restored from.
 
     Attributes:

@@ -19,7 +19,6 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,20 @@ from typing import Any
 from fcvm.errors import ImageError
 from fcvm.images import compression, layer, store
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
+from fcvm.structs import Struct
 
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(Struct):
     """A layer as the manifest names it: the digest and size of its (mostly compressed) tar."""
 
     digest: str
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct):
     """An image's manifest: ``raw`` bytes, ``digest`` of them, ``id`` (hex digest of the configuration) and layers."""
 
     raw: bytes

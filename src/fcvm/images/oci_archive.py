@@ -10,11 +10,11 @@ import re
 import shutil
 import tarfile
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 from fcvm.errors import ImageError
 from fcvm.images.reference import Reference
+from fcvm.structs import replace
 
 FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
 

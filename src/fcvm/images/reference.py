@@ -14,9 +14,9 @@ The grammar of names is that of the OCI distribution specification.
 
 import os
 import re
-from dataclasses import dataclass, replace
 
 from fcvm.errors import UsageError
+from fcvm.structs import Struct, replace
 
 REGISTRY = "docker"  # skopeo's name of the transport
 FILE_TRANSPORTS = ("docker-archive", "oci-archive", "oci", "dir")
@@ -34,8 +34,7 @@ _NAME = re.compile(
 _ID = re.compile(r"(?:sha256:)?[a-f0-9]{4,64}")
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(Struct):
     """A parsed reference.
 
     Attributes:

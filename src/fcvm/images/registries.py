@@ -8,19 +8,18 @@ describes the files.
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fcvm.errors import UsageError
 from fcvm.images.reference import DEFAULT_REGISTRY, LOCALHOST, Reference, name
+from fcvm.structs import Struct, replace
 
 SYSTEM_FILES = (Path("/etc/containers/registries.conf"), Path("/usr/share/containers/registries.conf"))
 SYSTEM_DROP_INS = Path("/etc/containers/registries.conf.d")
 
 
-@dataclass(frozen=True, slots=True)
-class Registries:
+class Registries(Struct):
     """``aliases``: short name without tag -> repository; ``search``: the registries that are asked for other short names."""
 
     aliases: Mapping[str, str]

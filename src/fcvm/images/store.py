@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
 from fcvm.images import reference as references
 from fcvm.images import registries
 from fcvm.storage.layout import Layout, locked, remove
+from fcvm.structs import Struct, asdict, field
 
 VERSION = 1  # of names.json and <key>.json
 # Count up whenever disk.py makes other bytes of the same image: a snapshot of a running VM relies on them.
 DISK_FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(Struct):
     """An image that is here.
 
     Attributes:
@@ -54,16 +53,14 @@ class Image:
     created: str
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(Struct):
     """What a name stands for: the image's ``key``, and a ``stamp`` that changes when its local source does."""
 
     key: str
     stamp: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Metadata:
+class Metadata(Struct):
     """The content of ``<key>.json``."""
 
     digest: str

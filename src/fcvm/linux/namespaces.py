@@ -19,11 +19,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from fcvm.errors import FcvmError, HostError
+from fcvm.structs import Struct
 
 # linux/sched.h
 CLONE_NEWUSER = 0x10000000
@@ -59,8 +59,7 @@ def current() -> int:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(Struct):
     """A network namespace, and the user namespace that owns it unless that is our own; a context manager."""
 
     net: int

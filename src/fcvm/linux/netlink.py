@@ -13,7 +13,8 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from fcvm.structs import Struct
 
 # linux/netlink.h
 NETLINK_ROUTE = 0
@@ -45,8 +46,7 @@ _PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 _RECEIVE = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct):
     """One request: its type, its flags (``NLM_F_REQUEST`` is added) and everything after the header."""
 
     type: int

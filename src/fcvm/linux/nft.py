@@ -20,7 +20,6 @@ import ipaddress
 import socket
 import struct
 import sys
-from dataclasses import dataclass
 
 from fcvm.linux import netlink
 from fcvm.linux.netlink import (
@@ -36,6 +35,7 @@ from fcvm.linux.netlink import (
     nested,
     text,
 )
+from fcvm.structs import Struct
 
 # linux/netfilter.h: families and hooks
 INET, IPV4, IPV6 = 1, 2, 10
@@ -296,8 +296,7 @@ def _nat(kind: int, address: Address, port: int | None) -> bytes:
     return load + _expression("nat", *target)
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(Struct):
     """A chain as the kernel lists it; ``hook``, ``type`` and ``policy`` are None in a chain that is only jumped to."""
 
     family: int
@@ -308,8 +307,7 @@ class Chain:
     policy: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Struct):
     """A rule as the kernel lists it: its expressions by name (a target of iptables by its own, in lower case), its verdict if
     it has one, and its comment.
     """

@@ -8,10 +8,10 @@ import errno
 import ipaddress
 import socket
 import struct
-from dataclasses import dataclass
 
 from fcvm.linux import netlink
 from fcvm.linux.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, NetlinkError, attribute, nested, text, u32
+from fcvm.structs import Struct
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -52,8 +52,7 @@ _IFINFO = struct.Struct("=BxHiII")
 _CREATE = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(Struct):
     """A network interface: its index, name, MTU in bytes, alias (a free text), and whether it is up."""
 
     index: int
@@ -64,8 +63,7 @@ class Link:
     loopback: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct):
     """A route: where to, and through which interface (0 when it has several)."""
 
     destination: ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from fc_agent.machine_system import LOOPBACK_PRIORITY
 from fcvm.errors import ConflictError, MachineError
 from fcvm.machine import qemu
 from fcvm.network.spec import Loopback
+from fcvm.structs import Struct, asdict
 
 HOST_ADDRESS = "FCVM_HOST_ADDRESS"  # of the environment: the host's own address, as it was when the command began
 HOST_LOOPBACK = Loopback((qemu.GATEWAY,), priority=LOOPBACK_PRIORITY)
@@ -28,8 +28,7 @@ PORTS_SOCKET = Path("/run/fcvm/ports.sock")
 ANSWER_TIME = 60.0  # seconds; the host may be busy
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(Struct):
     """What arrives at ``host_ip:host_port`` of the user's host goes to ``port`` of the machine.
 
     ``host_ip`` is empty for every address of the host, ``host_port`` 0 for any free one.

@@ -20,7 +20,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
 from fcvm.machine.vsock import Vsock
 from fcvm.network.publish import Publish
+from fcvm.structs import Struct, fields, replace
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
@@ -42,8 +42,7 @@ CONSOLE_LINES = 12
 SESSION_PORT = 1024  # of virtio-vsock; fc_agent/machine.py
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct):
     """What to run: sizes in MiB, ``boot`` from ``machine.boot_key``; descriptors inherited from the starter."""
 
     base: Path
@@ -59,7 +58,7 @@ class Job:
     starting_fd: int
 
     def to_json(self) -> str:
-        return json.dumps({name: _plain(getattr(self, name)) for name in self.__slots__})
+        return json.dumps({name: _plain(getattr(self, name)) for name in fields(self)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":

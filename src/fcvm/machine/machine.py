@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fcvm import process
 from fcvm.config import Config
@@ -22,6 +21,7 @@ from fcvm.machine.sync import SOURCES, plan, sync, synced
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 KEEPER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from fcvm.machine.keeper import main; sys.exit(main())"
 
@@ -35,8 +35,7 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(Struct):
     """The machine of ``layout``'s data directory. ``assets`` are needed to start it, or to see whether it is up to date."""
 
     config: Config

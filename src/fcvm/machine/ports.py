@@ -6,7 +6,6 @@ QEMU's, whose user network knows nothing else; at IPv6 the keeper listens and pa
 
 import socket
 import threading
-from dataclasses import dataclass
 
 from fcvm.errors import FcvmError
 from fcvm.machine import qemu
@@ -14,13 +13,13 @@ from fcvm.machine.qmp import Monitor
 from fcvm.network import ports, relay
 from fcvm.network.loop import Loop
 from fcvm.network.publish import Publish
+from fcvm.structs import Struct
 
 LOOPBACK = "127.0.0.1"
 _ATTEMPTS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
+class _Published(Struct):
     """What has to be undone: QEMU's listener, and our sockets."""
 
     forward: tuple[str, str, int]

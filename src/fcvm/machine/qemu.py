@@ -22,11 +22,11 @@ The choices, measured on a host without KVM:
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm import process
 from fcvm.errors import HostError
+from fcvm.structs import Struct
 
 PROGRAM = "qemu-system-x86_64"
 OLDEST = 10
@@ -39,8 +39,7 @@ CONTROL_PORT = "fcvm.control"
 HOST_TAG = "host"
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(Struct):
     """What QEMU is to run; memory in MiB, ``cpus`` for programs. ``fds`` of the sockets to the keeper, which QEMU inherits."""
 
     cpus: int

@@ -12,18 +12,17 @@ import json
 import os
 import stat
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fcvm import config as settings
 from fcvm.errors import HostError
+from fcvm.structs import Struct, asdict, fields
 
 Phase = Literal["stopped", "starting", "running", "stopping", "broken"]
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(Struct):
     """The files of the machine of the data directory ``base``; sockets are in ``runtime``."""
 
     base: Path
@@ -107,8 +106,7 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.1")
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct):
     """What the machine is doing. Memory in MiB, ``disk`` in MiB, ``since`` in seconds of the epoch.
 
     Attributes:
@@ -135,7 +133,7 @@ def read(places: Places) -> State:
     """The machine's state, true now: that of a keeper that is gone shows as stopped, or broken if it said so."""
     try:
         values: dict[str, Any] = json.loads(places.state.read_text())
-        state = State(**{name: values[name] for name in State.__slots__ if name in values})
+        state = State(**{name: values[name] for name in fields(State) if name in values})
     except (OSError, ValueError, TypeError):
         state = State()
     if alive(places):

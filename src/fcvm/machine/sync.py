@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fcvm
@@ -20,6 +19,7 @@ from fcvm.linux import sockets
 from fcvm.machine.state import Places
 from fcvm.setup.assets import Assets
 from fcvm.storage.layout import locked
+from fcvm.structs import Struct, replace
 
 PACKAGES = ("fcvm", "fc_agent", "fuse_pipe")
 SOURCES = Path(fcvm.__file__).parent.parent
@@ -30,8 +30,7 @@ HOST = Path("/host")
 PYTHON = "/usr/bin/python3"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct):
     """What the machine is to have: ``files`` from the host's path to the machine's, and the code.
 
     Attributes:
@@ -60,7 +59,7 @@ def plan(assets: Assets, base: Path) -> Plan:
     jailer = assets.firecracker.with_name("jailer")
     if jailer.exists():
         files.append((jailer, there["firecracker"].with_name("jailer")))
-    content = replace(assets, **there).to_json()  # type: ignore[arg-type]
+    content = replace(assets, **there).to_json()
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return Plan(tuple(files), BASE / "code" / code_key(), BASE / "cache" / f"assets-{key}.json", content)
 

@@ -7,7 +7,8 @@ notifies the driver. Everything a guest writes is checked: a bad index, address 
 
 import mmap
 import struct
-from dataclasses import dataclass
+
+from fcvm.structs import Struct
 
 # struct virtq_desc: address, length, flags, next
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -21,8 +22,7 @@ VIRTQ_DESC_F_INDIRECT = 4
 LARGEST_QUEUE = 32768
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct):
     """``size`` bytes of guest memory: at ``guest`` for the guest, at ``user`` for the VMM, ``view`` for us."""
 
     guest: int
@@ -59,8 +59,7 @@ class Memory:
         raise ValueError(f"no guest memory at the VMM's {address:#x}+{size}")
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(Struct):
     """One request: the buffers that the driver filled and those that it wants filled, in order."""
 
     head: int

@@ -14,7 +14,6 @@ image, and this very disk, for VMs further in.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from fcvm.errors import HostError
@@ -27,6 +26,7 @@ from fcvm.setup import bytecode, keys, workspace
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress
 from fcvm.storage.layout import Layout, locked, remove
+from fcvm.structs import replace
 
 RECIPE = 1  # raise it when the same inputs shall give another disk
 KEPT = 2  # disks: one for each version of what is on them

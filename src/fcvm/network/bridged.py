@@ -14,7 +14,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, ip_address, ip_network
 
 from fcvm.errors import NetworkError
@@ -29,6 +28,7 @@ from fcvm.network.ports import Reservation
 from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import PREFIX, Subnet, candidates
+from fcvm.structs import Struct, field
 
 LOOPBACK = ip_network("127.0.0.0/8")
 MTU = 1500  # bytes, where the host has no default route to take it from
@@ -37,8 +37,7 @@ _MTUS = (1280, 9000)  # less does not carry IPv6; more gains nothing behind segm
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Bridged:
+class Bridged(Struct):
     """A bridged network that is up: what ``attach.Network`` needs of it."""
 
     namespace: Namespace

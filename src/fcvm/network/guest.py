@@ -5,9 +5,10 @@ snapshot made in one mode restores in another, and a clone needs no new address 
 neighbour cache, which is its template's, is right.
 """
 
-from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any
+
+from fcvm.structs import Struct
 
 TAP = "tap0"
 MAC = "aa:fc:00:00:00:64"
@@ -21,8 +22,7 @@ GATEWAY6 = IPv6Interface("fd66:6376:6d00::2/64")
 HOST_NAMES = ("host.containers.internal", "host.docker.internal")
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
+class Guest(Struct):
     """What the agent is to configure on ``eth0``: addresses with their prefix lengths, names, and the MTU in bytes.
 
     ``gateway6`` is None where the host has no IPv6 route; the addresses are always given, so that nothing in the guest

@@ -13,7 +13,6 @@ listens and connects to the host's loopback from outside.
 
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fcvm.linux.rtnetlink import DEVCONF_FORWARDING
 from fcvm.network import guest, refusals
 from fcvm.network.publish import Publish
 from fcvm.network.spec import Port
+from fcvm.structs import Struct
 
 UPLINK = "up0"
 TABLE = "fcvm"
@@ -31,8 +31,7 @@ DNS_PORT = 53
 _BACKLOG = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Uplink:
+class Uplink(Struct):
     """``up0``'s addresses, its gateways, and how the host is reached.
 
     Attributes:

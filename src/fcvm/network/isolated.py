@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from fcvm.linux import namespaces, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
@@ -12,10 +11,10 @@ from fcvm.network import guest
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
 from fcvm.network.publish import Publish
+from fcvm.structs import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Isolated:
+class Isolated(Struct):
     """A namespace with a tap and no way out."""
 
     namespace: Namespace

@@ -9,11 +9,11 @@ import os
 import socket
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fcvm.errors import ConflictError, FcvmError, HostError, NetworkError
 from fcvm.network.publish import Publish
+from fcvm.structs import Struct, replace
 
 _FREE_PORT_ATTEMPTS = 32
 _BACKLOG = 128
@@ -21,8 +21,7 @@ _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 _KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(Struct):
     """A published port with its number decided, and the sockets (one an address family) that hold it."""
 
     publish: Publish

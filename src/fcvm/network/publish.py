@@ -12,16 +12,15 @@
 
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from fcvm.errors import UsageError
+from fcvm.structs import Struct
 
 HINT = "--publish takes [HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp], for example 8080:80 or 127.0.0.1:5353:53/udp"
 PROTOCOLS = ("tcp", "udp")
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(Struct):
     """One port. ``host_ip`` is empty for every address of the host; ``host_port`` 0 stands for any free one."""
 
     host_ip: str

@@ -5,17 +5,16 @@ per-link servers and split domains of a VPN that it knows of, dnsmasq on the loo
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm.network.relay import Target, target
+from fcvm.structs import Struct
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PORT = 53
 
 
-@dataclass(frozen=True, slots=True)
-class Resolver:
+class Resolver(Struct):
     """``nameserver``, ``search`` and ``options`` of a resolv.conf."""
 
     servers: tuple[str, ...]

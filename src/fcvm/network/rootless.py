@@ -9,7 +9,6 @@ is made, and everything configured, before it starts, so all it does is to open 
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
@@ -27,13 +26,13 @@ from fcvm.network.publish import Publish
 from fcvm.network.slirp import Slirp
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import POOLS
+from fcvm.structs import Struct, field
 
 _SPARE = 32  # sockets made at a time
 _ANY = {"": "0.0.0.0"}
 
 
-@dataclass(frozen=True, slots=True)
-class Rootless:
+class Rootless(Struct):
     """A rootless network that is up: what ``attach.Network`` needs of it."""
 
     namespace: Namespace

@@ -11,7 +11,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -21,6 +20,7 @@ from fcvm import hostpath, process
 from fcvm.errors import NetworkError
 from fcvm.linux import namespaces
 from fcvm.linux.namespaces import Namespace
+from fcvm.structs import Struct
 
 SOCKET = "slirp.sock"
 MTU = 65520  # bytes; fewer, larger packets are what makes it fast
@@ -32,8 +32,7 @@ _START = 10.0  # seconds
 _ANSWER = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Slirp:
+class Slirp(Struct):
     """A slirp4netns that is ready; ``pidfd`` becomes readable when it has died."""
 
     process: "subprocess.Popen[bytes]"

@@ -3,18 +3,17 @@
 import ipaddress
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from fcvm.errors import UsageError
 from fcvm.network import publish as publishing
 from fcvm.network.publish import Publish
+from fcvm.structs import Struct
 
 MODES = ("rootless", "bridged", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(Struct):
     """A port of the host's loopback that the guest may reach: ``--forward-localhost 5432,53/udp``."""
 
     number: int
@@ -24,16 +23,14 @@ class Port:
         return f"{self.number}/{self.protocol}"
 
 
-@dataclass(frozen=True, slots=True)
-class Loopback:
+class Loopback(Struct):
     """Where the host's loopback is found: addresses in the order to be tried, and the SO_PRIORITY that they ask for."""
 
     addresses: tuple[str, ...] = ("127.0.0.1", "::1")
     priority: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkSpec:
+class NetworkSpec(Struct):
     """The network of one VM.
 
     Attributes:

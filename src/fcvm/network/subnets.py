@@ -7,11 +7,11 @@ is in use otherwise is asked of the kernel's routing for its two addresses, whic
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 
 from fcvm.errors import NetworkError
 from fcvm.linux import netlink, rtnetlink
+from fcvm.structs import Struct
 
 PREFIX = "fcvm"
 # the second and third, for hosts that use the first, are set aside for tests between networks (RFC 2544)
@@ -21,8 +21,7 @@ POOL6 = int(IPv6Address("fd66:6376:6d01::"))
 _DEFAULT = 8  # a route that is no longer than this is a default route, whole or in halves
 
 
-@dataclass(frozen=True, slots=True)
-class Subnet:
+class Subnet(Struct):
     """The link between the host and one namespace; ``number`` counts through all pools."""
 
     number: int

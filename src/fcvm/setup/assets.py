@@ -6,7 +6,6 @@ An ordinary user also gets the assets of the system's data directory (root's), w
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.setup import index
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct, asdict
 
 SYSTEM_BASE = Path("/mnt/fcvm-btrfs")
 
@@ -23,8 +23,7 @@ OVERRIDE = "FCVM_ASSETS"
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True, slots=True)
-class Assets:
+class Assets(Struct):
     """Everything that a VM is started from. All paths are absolute and named by content, so equal paths mean equal files.
 
     Attributes:

@@ -8,10 +8,10 @@ import importlib.util
 import marshal
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm.process import run
+from fcvm.structs import Struct
 
 # Both sides speak this version of marshal: all Pythons since 3.4.
 MARSHAL_VERSION = 4
@@ -29,8 +29,7 @@ marshal.dump((sys.implementation.cache_tag, MAGIC_NUMBER, codes), sys.stdout.buf
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled:
+class Compiled(Struct):
     """Bytecode of one Python release: ``tag`` is in the names of its files (``cpython-313``), ``magic`` at their start."""
 
     tag: str

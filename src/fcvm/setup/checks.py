@@ -5,7 +5,6 @@ import pwd
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from fcvm.network import diagnose
 from fcvm.setup import assets, storage
 from fcvm.setup.progress import size
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 QEMU = "qemu-system-x86_64"
 QEMU_WANTED = 10
@@ -37,8 +37,7 @@ SPACE_FAIL = 1 << 30
 Status = Literal["ok", "warn", "fail"]
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(Struct):
     """One finding: ``fail`` means that `fcvm podman run` cannot work, ``warn`` that something is slower or missing."""
 
     name: str

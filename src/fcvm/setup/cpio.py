@@ -6,14 +6,14 @@ depends on the entries only (owner root, time 0, numbered inodes), so the same i
 
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import BinaryIO
+
+from fcvm.structs import Struct
 
 TRAILER = "TRAILER!!!"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct):
     """One file: ``name`` without a leading slash, ``mode`` as in ``st_mode`` (type and permissions).
 
     ``data`` is a file's content or a symbolic link's target; ``device`` is the (major, minor) of a device node.

@@ -8,7 +8,6 @@ asked for its version; what we fetch is verified by the SHA-256 of the binaries,
     bin/<sha256>/firecracker, jailer     the pinned release
 """
 
-import dataclasses
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from fcvm import process
+from fcvm import process, structs
 from fcvm.config import Config
 from fcvm.errors import FcvmError, SetupError
 from fcvm.setup import download, index, keys, workspace
@@ -57,7 +56,7 @@ def build(config: Config, layout: Layout, progress: Progress, *, force: bool = F
             own = users(config)
             path = own or pinned(layout, work, step)
             choice = describe(path, pinned=own is None)
-            stored = dataclasses.replace(choice, path=str(path.relative_to(layout.base))) if own is None else choice
+            stored = structs.replace(choice, path=str(path.relative_to(layout.base))) if own is None else choice
             workspace.write(layout.bin / "firecracker.json", index.to_json(stored), work)
     return choice
 

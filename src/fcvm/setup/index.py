@@ -12,12 +12,12 @@ and never a stale file.
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
 from fcvm.setup import keys, recipe
+from fcvm.structs import Struct, asdict
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 PROFILES = ("debian", "kata")
@@ -55,8 +55,7 @@ def architecture() -> str:
     return ARCHITECTURES[machine]
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(Struct):
     """A guest image and its kernel: ``id`` under ``guest/``, ``kernel`` under ``kernels/``; ``busybox`` is its key."""
 
     id: str
@@ -87,8 +86,7 @@ def image(config: Config, base: Path) -> Image | None:
     return found if found.complete(base) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Kata:
+class Kata(Struct):
     """A kernel out of a Kata Containers release: ``id`` under ``kernels/``."""
 
     id: str
@@ -142,8 +140,7 @@ def initrd(base: Path, kernel: str, busybox: str) -> Path:
     return base / "initrd" / key / "initrd.img"
 
 
-@dataclass(frozen=True, slots=True)
-class Firecracker:
+class Firecracker(Struct):
     """A binary that was found good. ``size`` and ``mtime_ns`` tell whether it is still the same.
 
     ``pinned``: it is the release that setup fetched, and the path in the file is relative to the data directory.

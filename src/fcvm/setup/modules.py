@@ -6,15 +6,14 @@ are part of the kernel already.
 
 import lzma
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fcvm.errors import SetupError
 from fcvm.process import run
+from fcvm.structs import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(Struct):
     """The modules of one kernel: paths relative to its directory, by name."""
 
     paths: dict[str, str]

@@ -5,8 +5,9 @@ Both formats of apt's sources are read: one-line (``sources.list``) and deb822 (
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from fcvm.structs import Struct
 
 APT = Path("/etc/apt")
 
@@ -29,8 +30,7 @@ SUITES = frozenset(
 POCKETS = ("-updates", "-security", "-backports", "-proposed-updates", "/updates")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct):
     """One archive: a URI with its suites and components."""
 
     uri: str
@@ -38,8 +38,7 @@ class Source:
     components: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Mirrors:
+class Mirrors(Struct):
     """The URI of Debian's archive and that of its security archive (None: unknown)."""
 
     main: str

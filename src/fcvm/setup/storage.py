@@ -10,7 +10,6 @@ sparse copies: slower, and more space for snapshots and clones.
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from fcvm import process
@@ -18,13 +17,13 @@ from fcvm.errors import FcvmError, HostError
 from fcvm.linux import files
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import locked
+from fcvm.structs import Struct
 
 MINIMUM_MIB = 256  # mkfs.btrfs needs a little over 100
 MOUNT_OPTIONS = "noatime,discard=async"  # discard: deleted files give their space back to the host
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct):
     """What the data directory is: ``kind`` is ``"reflink"``, ``"loopback"`` (a btrfs of ours) or ``"copies"``."""
 
     kind: str

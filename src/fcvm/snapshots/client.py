@@ -7,18 +7,17 @@ server is given, so nothing is copied through this process. It counts millisecon
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fcvm.errors import ConflictError, ContainerError
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct):
     """A clone that is asked for; ``name`` None: made up, ``network`` None: that of the server."""
 
     name: str | None

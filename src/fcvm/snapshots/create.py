@@ -16,7 +16,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fcvm.linux import files, holes
 from fcvm.snapshots import store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 BASE = "memory.base"
 UNKNOWN = "memory.unknown"
@@ -35,8 +35,7 @@ UNKNOWN = "memory.unknown"
 SaveVolumes = Callable[[], list[dict[str, Any]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Struct):
     """How a snapshot was taken and how long each step took, in seconds; the VM stood still for ``paused``.
 
     Attributes:

@@ -8,19 +8,18 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.boot import Hardware
+from fcvm.structs import Struct, asdict, field, fields
 
 SCHEMA = 1
 NAME = "config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(Struct):
     """What of a host matters to a restored VM: it goes on using the CPU's features that it found when it booted.
 
     Attributes:
@@ -36,8 +35,7 @@ class Host:
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct):
     """A snapshot's ``config.json``.
 
     Attributes:
@@ -93,7 +91,7 @@ class Manifest:
             values["hardware"] = Hardware(**values["hardware"])
             host = values["host"]
             values["host"] = Host(**{**host, "flags": tuple(host["flags"])})
-            known = {f.name for f in fields(cls)}
+            known = set(fields(cls))
             return cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(

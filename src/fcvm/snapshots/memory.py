@@ -21,7 +21,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,14 @@ from fcvm.process import spawn
 from fcvm.snapshots import page_faults
 from fcvm.snapshots import working_set as working_sets
 from fcvm.snapshots.page_faults import COUNTERS, HEADER, PAGE, WINDOW, Region
+from fcvm.structs import Struct
 
 HANDSHAKE_LIMIT = 1 << 16  # bytes
 RESTARTS = 5  # within RESTART_PERIOD seconds; more than that cannot be helped
 RESTART_PERIOD = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Faults:
+class Faults(Struct):
     """What a clone has been given so far; all but ``faults`` are numbers of 4 KiB pages.
 
     Attributes:

@@ -26,13 +26,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fcvm.linux.memory import ReadOnly
 from fcvm.linux.userfaultfd import EVENT_PAGEFAULT, EVENT_REMOVE, Userfaultfd
 from fcvm.snapshots import working_set
+from fcvm.structs import Struct
 
 PAGE = 4096
 WINDOW = 16  # pages brought in by one fault
@@ -49,8 +49,7 @@ HEADER = 4096  # bytes before the states in the shared memory: the counters
 COUNTERS = struct.Struct("=5Q")  # faults, pages copied, pages zeroed, pages removed, pages replayed
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct):
     """A piece of a guest's memory: ``size`` bytes at ``address`` in Firecracker, at ``offset`` in the memory file."""
 
     address: int

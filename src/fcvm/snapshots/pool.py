@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from fcvm.snapshots import restore
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import remove
+from fcvm.structs import Struct, field
 
 PREFIX = ".pool-"  # of a pool's directory, so that it is not taken for a VM's
 BATCH = 8  # clones that are loaded at the same time: most of a load is one sleeping ioctl
@@ -44,8 +44,7 @@ class Network(Protocol):
 NetworkFactory = Callable[[str, Path], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Kit:
+class Kit(Struct):
     """What clones are made of.
 
     Attributes:
@@ -152,8 +151,7 @@ def resume_all(clones: Sequence[Loaded]) -> None:
         clone.on_resumed()
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(Struct):
     """A pool at a moment: clones ``ready``, how many it wants to have, and how many were taken (``late``: waited for)."""
 
     ready: int

@@ -5,7 +5,6 @@ import os
 import socket
 import struct
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
 
 
-@dataclass(frozen=True, slots=True)
 class Pooled(Start):
     """A start that takes over a clone from the pool: see ``fcvm.vm.start.Start``."""
 

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 from fcvm.vm import clone as clones
 from fcvm.vm import network as networks
 from fcvm.vm import rpc, state
@@ -41,8 +41,7 @@ from fcvm.vm.spec import RunSpec
 RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct):
     """How a server serves.
 
     Attributes:

@@ -21,7 +21,6 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from fcvm.snapshots import manifest as manifests
 from fcvm.snapshots.manifest import Manifest
 from fcvm.snapshots.tags import CREATING, REMOVING, check_tag
 from fcvm.storage.layout import Layout
+from fcvm.structs import Struct
 
 VMSTATE = "vmstate.bin"
 MEMORY = "memory.bin"
@@ -40,8 +40,7 @@ OUTPUT = "output.log"
 REQUIRED = (manifests.NAME, VMSTATE, MEMORY, SCRATCH, VOLUMES)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct):
     """A published snapshot."""
 
     tag: str

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fcvm.config import Config
 from fcvm.errors import FcvmError
 from fcvm.snapshots import direct
 from fcvm.snapshots.client import Wanted
+from fcvm.structs import Struct
 from fcvm.vm.state import new_id
 from fcvm.vm.supervisor import Supervisor
 
@@ -21,8 +21,7 @@ DNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(Struct):
     """One thing that was checked; ``detail`` says what was found."""
 
     name: str

@@ -22,12 +22,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from fcvm.structs import Struct
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+
+class Layout(Struct):
     """The data directory at ``base``; every property is a directory, made when it is first asked for."""
 
     base: Path

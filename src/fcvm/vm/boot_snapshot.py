@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from fcvm import __version__, host, log
@@ -22,6 +21,7 @@ from fcvm.snapshots import create, restore, store
 from fcvm.snapshots.manifest import Manifest, this_host
 from fcvm.storage import disks
 from fcvm.storage.layout import Layout
+from fcvm.structs import asdict
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Boot, hardware
 
@@ -40,7 +40,6 @@ def tag(spec: RunSpec, assets: Assets) -> str:
     return f"boot-{keys.of([__version__, shape, *map(str, files), spec.scratch_size, spec.firecracker_args, asdict(this_host())])}"
 
 
-@dataclass(frozen=True, slots=True)
 class BootAndCapture(Boot):
     """Boot, and take the boot snapshot on the way."""
 
@@ -72,7 +71,6 @@ class BootAndCapture(Boot):
         return True
 
 
-@dataclass(frozen=True, slots=True)
 class Restore(Boot):
     """Start from the boot snapshot ``source``."""
 

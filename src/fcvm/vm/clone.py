@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from fcvm.setup import Assets
 from fcvm.snapshots import restore, store
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
+from fcvm.structs import replace
 from fcvm.vm import network
 from fcvm.vm.boot_snapshot import RESTORE_TIMEOUT
 from fcvm.vm.spec import RunSpec
@@ -40,7 +40,6 @@ def spec_of(snapshot: Snapshot, **changes: Any) -> RunSpec:
     return replace(spec, **{"network": snapshot.manifest.network, **changes})
 
 
-@dataclass(frozen=True, slots=True)
 class Clone(Start):
     """Load the snapshot ``source``, its memory mapped straight from the file (or served, with the uffd backend)."""
 

@@ -6,7 +6,6 @@ machine's keeper on the user's host, where the user said.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fcvm.machine import inside
@@ -15,6 +14,7 @@ from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
+from fcvm.structs import replace
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor

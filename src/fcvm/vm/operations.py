@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from fc_agent.protocol import PROTOCOL
 from fcvm.agent import session
 from fcvm.errors import ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
+from fcvm.structs import asdict
 from fcvm.vm import sessions
 
 if TYPE_CHECKING:

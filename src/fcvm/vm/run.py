@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from fcvm import host, setup
@@ -14,6 +13,7 @@ from fcvm.config import Config
 from fcvm.network import attach
 from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
+from fcvm.structs import replace
 from fcvm.vm import background, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start

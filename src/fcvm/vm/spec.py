@@ -1,9 +1,9 @@
 """What a VM shall be: every choice of `fcvm podman run`, checked, with paths absolute; plain JSON both ways."""
 
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fcvm.errors import UsageError
+from fcvm.structs import Struct, asdict, field
 from fcvm.volumes.spec import Volume
 
 MAX_CPU = 32  # Firecracker's own limit (machine-config.vcpu_count)
@@ -11,8 +11,7 @@ MIN_MEMORY = 128  # MiB; below this the guest OS and Podman do not fit
 MAX_MEMORY = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class ImageUse:
+class ImageUse(Struct):
     """The image disk a VM runs.
 
     Attributes:
@@ -28,8 +27,7 @@ class ImageUse:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class RunSpec:
+class RunSpec(Struct):
     """One `fcvm podman run`.
 
     Attributes:

@@ -8,7 +8,6 @@ snapshot of the VM can be restored in any other directory.
 import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from fcvm.setup import Assets
 from fcvm.setup.kernel import NV2_OPTION, boot_args
 from fcvm.snapshots import create
 from fcvm.storage import disks
+from fcvm.structs import Struct
 from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
 
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
 
-class Start(ABC):
+class Start(Struct, ABC):
     """The steps of a start."""
-
-    __slots__ = ()
 
     @property
     def snapshot(self) -> str | None:
@@ -86,7 +84,6 @@ class Start(ABC):
         return None
 
 
-@dataclass(frozen=True, slots=True)
 class Boot(Start):
     """Boot a kernel with the assets from setup."""
 

@@ -12,19 +12,18 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage.layout import Layout, locked, remove
+from fcvm.structs import Struct, asdict, field, replace
 
 SCHEMA = 1
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")  # Podman's rule, within a host name's length
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct):
     """One VM as `fcvm ls --json` shows it; docs/json.md describes each field.
 
     Attributes:

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.setup import Assets, keys
 from fcvm.snapshots import restore, store
 from fcvm.storage.layout import Layout
+from fcvm.structs import replace
 from fcvm.vm import boot_snapshot, operations, output, plan
 from fcvm.vm.clone import Clone
 from fcvm.vm.spec import RunSpec
@@ -38,14 +38,13 @@ LOST = struct.Struct(">Q")  # how output.log begins
 
 def tag(spec: RunSpec, assets: Assets) -> str:
     """The name of the warm start for ``spec``: the hash of all that its application may have seen."""
-    shape = asdict(plan.container(spec))
+    shape = plan.container(spec).to_json()
     for name in OWN:
         del shape[name]
     parts = [boot_snapshot.tag(spec, assets), spec.image.digest, shape, spec.dns, spec.volumes]
     return f"warm-{keys.of(parts)}"
 
 
-@dataclass(frozen=True, slots=True)
 class Warm(Clone):
     """A clone of a warm start, for a run of its own; ``otherwise`` is how to start if that does not come up."""
 

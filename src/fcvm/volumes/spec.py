@@ -4,18 +4,17 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from fcvm.errors import NotFoundError, UsageError, VolumeError
+from fcvm.structs import Struct
 
 MOST = 32  # volumes of one VM; each costs its guest two connections and five threads
 OPTIONS = ("ro", "rw", "z", "Z")  # Podman's labels for SELinux (z, Z) have nothing to do here
 HINT = r"--map HOST:GUEST[:ro]; a comma or colon in a path is written \, or \:"
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
+class Volume(Struct):
     """A directory or file of the host in the guest.
 
     Attributes:
