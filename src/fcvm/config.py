@@ -5,13 +5,18 @@ the user's file (``~/.config/fcvm/config.toml``), the system's (``/etc/fcvm/conf
 ``FCVM_CONFIG`` names a file that replaces both files. ``fcvm setup --generate-config`` prints ``generate()``.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fcvm.errors import UsageError
 from fcvm.structs import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Setting(Struct):

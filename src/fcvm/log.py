@@ -3,11 +3,17 @@
 Not the ``logging`` module: importing it costs as much as a whole ``fcvm ls`` may (10 ms of 30).
 """
 
+from __future__ import annotations
+
 import sys
 import time
-from typing import Literal
 
-Level = Literal["debug", "info", "warning", "error"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Level = Literal["debug", "info", "warning", "error"]
+
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
 
 _threshold = LEVELS.index("warning")

@@ -1,13 +1,18 @@
 """`fcvm ls`: the VMs."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
-from typing import Any
 
 from fcvm.cli.context import Context
 from fcvm.cli.values import number
 from fcvm.vm import state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 WHERE = "vms"
 

@@ -1,21 +1,28 @@
 """The ``fcvm`` command: finds the command's module, parses, prepares, and runs it here or in the machine.
 
-A command module is imported only when it is the one asked for, so ``fcvm --help`` costs argparse and this file.
+A command module is imported only when it is the one asked for, and only its parser is made, so ``fcvm --help`` costs argparse
+and this file, and a command no more than it needs (docs/architecture.md, "What a start costs").
 Every module has ``configure(parser)``, ``run(args, context)``, ``WHERE`` and perhaps ``prepare(args, context)``;
 docs/architecture.md, "Commands: prepare, then run", says what each does.
 """
 
+from __future__ import annotations
+
 import argparse
 import errno
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
 
 from fcvm import __version__
 from fcvm.errors import FcvmError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 # name -> (module under fcvm.cli, what it does, in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -38,11 +45,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
 
 
+class Formatter(argparse.HelpFormatter):
+    """argparse's, told the terminal's width: every argument makes one, and each would import shutil to ask."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, width=columns() - 2, **options)
+
+
+def columns() -> int:
+    """The width of the terminal that is our stdout: what COLUMNS says, or the kernel; 80 for anything else."""
+    try:
+        return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are ours: one sentence, a hint, exit code 125 as Podman's."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message[:1].upper() + message[1:] + ".", hint=f"{self.prog} --help")
@@ -56,13 +78,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
-    """The parser; only ``command``'s own arguments are filled in, unless ``all_commands`` are asked for."""
+    """The parser of ``command``; of all commands if that is none: by name only, unless ``all_commands`` are to be filled in."""
     parser = Parser(prog="fcvm", description="Run OCI containers in Firecracker microVMs, and clone running VMs.")
     parser.add_argument("--version", action="version", version=f"fcvm {__version__}")
     for option, text in GLOBAL_OPTIONS.items():
         parser.add_argument(option, help=text)
     commands = parser.add_subparsers(dest="fcvm_command", metavar="COMMAND", parser_class=Parser, title="commands")
-    for name, (module, summary) in COMMANDS.items():
+    for name in [command] if command in COMMANDS else COMMANDS:
+        module, summary = COMMANDS[name]
         child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
         if name == command or all_commands:
             load(module).configure(child)
@@ -75,11 +98,13 @@ def load(module: str) -> ModuleType:
 
 
 def requested(argv: list[str]) -> str | None:
-    """The command's name in ``argv``: the first word that is not a global option or its value."""
+    """The command's name in ``argv``: the first word that is not a global option or its value; None for a look at all."""
     words = iter(argv)
     for word in words:
         if word in GLOBAL_OPTIONS:
             next(words, None)
+        elif word in ("-h", "--help"):
+            return None
         elif not word.startswith("-"):
             return word
     return None
@@ -90,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if "_ARGCOMPLETE" in os.environ:
         load("completions").complete()
-    return guarded(lambda: dispatch(argv))
+    try:
+        return guarded(lambda: dispatch(argv))
+    finally:
+        gc.freeze()  # we end: a last search for garbage among all that was imported would take 4 ms
 
 
 def guarded(command: Callable[[], int]) -> int:

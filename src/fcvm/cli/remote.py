@@ -5,13 +5,18 @@ as ``python -m fcvm.cli.remote ENVELOPE``) runs the command with them. Standard 
 code travel by the session protocol; see fcvm/machine/forward.py.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import sys
-from typing import Any
 
 from fcvm.cli.context import Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # Of the user's settings, those that shape a VM go along; those about places (base_dir, firecracker) are the machine's own.
 FORWARDED_SETTINGS = ("log", "cpu", "mem", "scratch_size", "stop_timeout", "log_size", "kernel_profile")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from fcvm import config
 from fcvm.errors import NotFoundError, UsageError
 
 # In a comma-separated list a new item begins where a comma is followed by a variable name and '='.
-_NEXT_ITEM = re.compile(r",(?=[A-Za-z_][A-Za-z0-9_.]*=)")
-_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_NEXT_ITEM = r",(?=[A-Za-z_][A-Za-z0-9_.]*=)"
+_KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
 
 
 def pairs(texts: Iterable[str], option: str, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -30,7 +29,7 @@ def pairs(texts: Iterable[str], option: str, *, environ: Mapping[str, str] | Non
     for text in texts:
         for item in _split(text):
             key, equals, value = item.partition("=")
-            if not _KEY.fullmatch(key):
+            if not re.fullmatch(_KEY, key):
                 raise UsageError(f"{option} {text!r}: {item!r} is not KEY=VALUE.", hint=f"{option} KEY=VALUE")
             if equals:
                 quoted = len(value) >= 2 and value[0] == value[-1] == '"'
@@ -46,7 +45,7 @@ def _split(text: str) -> list[str]:
     """Items of a list; a comma inside double quotes that open right after ``=`` does not separate."""
     if re.fullmatch(r'[^=,]+="[^"]*"', text):
         return [text]
-    return _NEXT_ITEM.split(text)
+    return re.split(_NEXT_ITEM, text)
 
 
 def env_file(path: str) -> dict[str, str]:
@@ -66,7 +65,7 @@ def env_file(path: str) -> dict[str, str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         key, equals, value = line.lstrip().partition("=")
-        if not _KEY.fullmatch(key.strip()):
+        if not re.fullmatch(_KEY, key.strip()):
             raise UsageError(f"Line {number} of {path} is not KEY=VALUE: {line.strip()!r}.", hint=f"sed -n {number}p {path}")
         if equals:
             result[key.strip()] = value
@@ -98,6 +97,8 @@ def number(text: str, option: str, *, least: int = 0) -> int:
 
 def words(text: str, option: str) -> list[str]:
     """A command line in one string, split as a shell splits words; raises UsageError on an open quote."""
+    import shlex
+
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -4,15 +4,20 @@ The clone lives as long as our connection; the container writes to our own stdou
 server is given, so nothing is copied through this process. It counts milliseconds: nothing heavy is imported.
 """
 
+from __future__ import annotations
+
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fcvm.errors import ConflictError, ContainerError
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
 from fcvm.structs import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

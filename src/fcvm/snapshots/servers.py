@@ -13,6 +13,8 @@ speaks of.
 This module is on the path of `fcvm snapshot run`, which counts milliseconds: it imports little.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import json
@@ -20,11 +22,14 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fcvm.errors import ConflictError, FcvmError, NotFoundError
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, locked, remove
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SOCKET = "server.sock"
 INFO = "server.json"

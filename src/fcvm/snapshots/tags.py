@@ -4,14 +4,14 @@ import re
 
 from fcvm.errors import UsageError
 
-TAG = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+TAG = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"
 CREATING = ".creating"
 REMOVING = ".removing"
 
 
 def check_tag(tag: str) -> str:
     """``tag`` if it can name a snapshot; raises UsageError."""
-    if not TAG.fullmatch(tag) or tag.endswith((CREATING, REMOVING)):
+    if not re.fullmatch(TAG, tag) or tag.endswith((CREATING, REMOVING)):
         raise UsageError(
             f"{tag!r} cannot name a snapshot.",
             hint="use letters, digits, '_', '.' and '-', beginning with a letter or digit, at most 63",

@@ -19,7 +19,6 @@ next builder removes.
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +93,8 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
 def remove(path: Path) -> None:
     """Remove a file or a whole directory; one that is not there is fine."""
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,11 +1,16 @@
 """Sessions with the agent of a VM; small, since `fcvm exec` counts milliseconds."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fcvm.agent import session, vsock
 from fcvm.vm import paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def stream(directory: Path, request: session.Request | session.Resume, **options: Any) -> session.Exit:

@@ -5,6 +5,8 @@ not to a process number that may have been reused. A VM whose lock is free while
 crashed; ``sweep`` removes what it left.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import json
@@ -13,14 +15,17 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage.layout import Layout, locked, remove
 from fcvm.structs import Struct, asdict, field, replace
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 SCHEMA = 1
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")  # Podman's rule, within a host name's length
+NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"  # Podman's rule, within a host name's length
 
 
 class Record(Struct):
@@ -61,7 +66,7 @@ class Record(Struct):
 
 def check_name(name: str) -> str:
     """``name`` if it can name a VM; raises UsageError."""
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         raise UsageError(
             f"{name!r} cannot name a VM.",
             hint="use letters, digits, '_', '.' and '-', beginning with a letter or digit, at most 63",

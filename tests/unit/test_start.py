@@ -1,0 +1,62 @@
+"""What the fast commands import: docs/architecture.md, "What a start costs". Counted, not timed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import start
+from fcvm import process
+from fcvm.storage.layout import Layout
+
+HEAVY = {
+    "asyncio", "ctypes", "dataclasses", "hashlib", "inspect", "logging", "random", "rich", "shutil", "subprocess", "tempfile",
+    "threading", "tomllib", "traceback", "typing",
+}  # fmt: skip
+NO_CONNECTION = {"fc_agent", "fcvm.agent", "select", "signal", "socket"}
+
+PROBE = """
+import sys
+from fcvm.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+print(*sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of commands that find a VM, a clone server and a machine that answer at once."""
+    layout = Layout(tmp_path_factory.mktemp("base"))
+    start.pretend(layout)
+    sources = str(Path(__file__).parents[2] / "src")
+    return {**process.environment(), "FCVM_BASE_DIR": str(layout.base), "FCVM_MACHINE": "never", "PYTHONPATH": sources}
+
+
+def imported(env: dict[str, str], *words: str) -> set[str]:
+    """The modules that a command ends with."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *words], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        (["--help"], NO_CONNECTION | {"contextlib", "fcvm.config", "json", "pathlib"}),
+        (["ls"], NO_CONNECTION | {"textwrap"}),
+        (["exec", "vm", "--", "true"], {"fcvm.linux", "textwrap"}),
+        (["snapshot", "run", "--pid", str(os.getpid()), "--exec", "true"], {"textwrap"}),
+    ],
+)
+def test_a_fast_command_imports_nothing_heavy(env: dict[str, str], words: list[str], others: set[str]) -> None:
+    assert imported(env, *words) & (HEAVY | others) == set()
