@@ -214,28 +214,34 @@ def together(bench: Bench, count: int = 50) -> dict[str, Any]:
     """Many clones requested at once: until all are resumed, and until all have answered."""
     resumed: tuple[list[float], list[float]] = [], []
     answered: tuple[list[float], list[float]] = [], []
+
+    def by_hand() -> None:
+        start = now()
+        for hand in hands:
+            hand.api.socket.sendall(restore.RESUME)
+        for hand in hands:
+            hand.api.socket.recv(4096)
+        resumed[0].append(now() - start)
+        answer_all([hand.directory for hand in hands])
+        answered[0].append(now() - start)
+
+    def by_pool() -> None:
+        start = now()
+        clones.extend(pool.take_many(count))
+        pools.resume_all(clones)
+        resumed[1].append(now() - start)
+        answer_all([clone.directory for clone in clones])
+        answered[1].append(now() - start)
+
     with Pool(bench.kit(), bench.layout.vms, minimum=count, maximum=count) as pool:
-        for _ in bench.repeat(5):
+        for number in bench.repeat(6):
+            clones: list[Loaded] = []
             hands = [ByHand(bench, resume=False) for _ in range(count)]
-            pool.fill()
-            start = now()
-            for hand in hands:
-                hand.api.socket.sendall(restore.RESUME)
-            for hand in hands:
-                hand.api.socket.recv(4096)
-            resumed[0].append(now() - start)
-            answer_all([hand.directory for hand in hands])
-            answered[0].append(now() - start)
-            for hand in hands:
-                hand.close()
-            pool.fill()
-            start = now()
-            clones = pool.take_many(count)
-            pools.resume_all(clones)
-            resumed[1].append(now() - start)
-            answer_all([clone.directory for clone in clones])
-            answered[1].append(now() - start)
-            for clone in clones:
+            for step in (by_hand, by_pool) if number % 2 else (by_pool, by_hand):
+                pool.fill()  # before both: it must not be filled beside one of them
+                settle()
+                step()
+            for clone in (*hands, *clones):
                 clone.close()
     return {"resumed": beside(*resumed), "answered": beside(*answered)}
 

@@ -107,7 +107,7 @@ class ByHand:
         self.network = NetworkPlan.from_json(network.guest.json())
         self.control = self.undo.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
         self.vmm = self.undo.enter_context(
-            Firecracker(bench.assets.firecracker, self.directory, self.id, enter=network.enter)
+            Firecracker(bench.assets.firecracker, self.directory, self.id, namespace=network.namespace)
         )
         restore.load(self.vmm, bench.snapshot)
 

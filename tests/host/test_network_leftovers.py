@@ -31,7 +31,7 @@ from fcvm import process
 from fcvm.network import attach, spec
 mode, directory = sys.argv[1:]
 with attach.create(spec.parse(mode, ["80", "53/udp"] if mode != "none" else []), "vm1", Path(directory)) as network:
-    child = process.spawn(["sleep", "1000"], setup=network.enter)
+    child = process.spawn(["sleep", "1000"], setup=network.namespace.enter)
     pidfd = os.pidfd_open(child.pid)
     helper = getattr(getattr(network._backend, "slirp", None), "process", None)
     print(json.dumps({"child": child.pid, "helper": helper and helper.pid, "ports": network.describe()["ports"],

@@ -297,7 +297,7 @@ def test_the_rules_read_as_they_are_meant(tmp_path: Path) -> None:
         interface = network.describe()["interface"]
         listed = world.host.shell("nft list ruleset")
         inside = subprocess.run(
-            ["nft", "list", "ruleset"], preexec_fn=network.enter, capture_output=True, text=True, check=True
+            ["nft", "list", "ruleset"], preexec_fn=network.namespace.enter, capture_output=True, text=True, check=True
         ).stdout
     finally:
         world.close()

@@ -214,7 +214,7 @@ def test_what_a_clone_held_is_freed_when_it_dies(server: MemoryServer, snapshot:
         return len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{server.pid}/fd"))
 
     with a_clone(server, snapshot, tmp_path / "first"):
-        pass
+        wait_for(lambda: bool(server.faults()))  # it may not have heard of the clone when that is loaded
     wait_for(lambda: not server.faults())
     before = held()
     for number in range(5):

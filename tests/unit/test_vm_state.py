@@ -93,6 +93,23 @@ def test_a_killed_supervisor_is_seen_at_once_and_swept(layout: Layout) -> None:
     assert list(layout.vms.iterdir()) == []
 
 
+def test_a_firecracker_whose_owner_died_too_early_is_swept_and_nobody_else(layout: Layout) -> None:
+    directory = layout.vms / "0123456789ab"
+    directory.mkdir()
+    sleep = ["sh", "-c", "echo; read line", "firecracker"]
+    with (
+        subprocess.Popen([*sleep, "--api-sock", "a.sock"], cwd=directory, stdin=-1, stdout=-1) as stray,
+        subprocess.Popen(sleep, cwd=directory, stdin=-1, stdout=-1) as shell,
+    ):
+        for process in (stray, shell):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"  # it has become what it is called
+        state.sweep(layout)
+        assert stray.wait() == -signal.SIGKILL
+        assert shell.poll() is None
+        shell.kill()
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "x" * 64, "ä", ".."])
 def test_bad_names(name: str) -> None:
     with pytest.raises(UsageError):

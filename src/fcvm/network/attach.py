@@ -1,7 +1,7 @@
 """A VM's network from its spec to its end.
 
 with create(spec, vm_id, directory) as network:
-    process.spawn([...], setup=network.enter)
+    Firecracker(..., namespace=network.namespace)
     ...
 """
 
@@ -81,13 +81,9 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def enter(self) -> None:
-        """Move into the VM's namespaces, for good: the ``setup`` of the process that is to be Firecracker."""
-        self._backend.namespace.enter()
-
     @property
     def namespace(self) -> Namespace:
-        """The VM's namespace, for whoever needs to look inside."""
+        """The VM's namespace: where Firecracker is to run."""
         return self._backend.namespace
 
     def publish(self, wanted: Sequence[Publish]) -> tuple[Publish, ...]:

@@ -5,7 +5,7 @@ the next time, and what is not asked for any more is given back. Each has its ow
 namespace already. Refilling waits until the clones that were just taken have had a moment to start, except when somebody
 waits for one.
 
-The kernel ends every clone, taken or not, with the thread that started it, so none outlives its pool or our process.
+The kernel ends every clone, taken or not, with our process.
 """
 
 import contextlib
@@ -20,8 +20,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from fcvm import host
 from fcvm.errors import FcvmError, SnapshotError
+from fcvm.firecracker import strays
 from fcvm.firecracker.process import Firecracker
+from fcvm.linux.namespaces import Namespace
 from fcvm.snapshots import restore
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
@@ -31,14 +34,18 @@ from fcvm.structs import Struct, field
 PREFIX = ".pool-"  # of a pool's directory, so that it is not taken for a VM's
 BATCH = 8  # clones that are loaded at the same time: most of a load is one sleeping ioctl
 MEMORY = 10.0  # seconds for which a clone that was taken counts as demand
-QUIET = 0.05  # seconds after the last one was taken until the pool is refilled
+QUIET = 0.05  # seconds after the last one was taken until the pool is refilled; and for each that was taken with it
+EACH = 0.02  # more: that a clone needs a CPU for to run on, take its identity and answer for the first time
+BURST = 1.0  # seconds in which clones that are taken count as one burst
+SLOWER = 20  # times, all of this under emulation
 PATIENCE = 120.0  # seconds to wait for a clone; it takes milliseconds natively, seconds under emulation
 
 
 class Network(Protocol):
-    """What a clone needs of its network: ``enter`` moves the calling process into its namespace, for good."""
+    """What a clone needs of its network."""
 
-    def enter(self) -> None: ...
+    @property
+    def namespace(self) -> Namespace: ...
 
 
 NetworkFactory = Callable[[str, Path], AbstractContextManager[Any]]
@@ -91,12 +98,12 @@ class Loaded:
             directory.mkdir(mode=0o700)
             undo.callback(self._remove)
             restore.furnish(directory, kit.snapshot, kit.disks, memory_socket=kit.memory_socket)
-            enter = None
+            namespace = None
             if kit.network is not None:
                 self.network = undo.enter_context(kit.network(clone_id, directory))
-                enter = self.network.enter
+                namespace = self.network.namespace
             self.firecracker = undo.enter_context(
-                Firecracker(kit.firecracker, directory, clone_id, enter=enter, arguments=kit.arguments)
+                Firecracker(kit.firecracker, directory, clone_id, namespace=namespace, arguments=kit.arguments)
             )
             restore.send_load(self.firecracker, kit.snapshot, backend=kit.backend, dirty_tracking=kit.dirty_tracking)
             self._undo = undo.pop_all()
@@ -310,7 +317,7 @@ class Pool:
         while not self._closing:
             wanted = self._waiting if self._waiting else self._target()
             ready = len(self._ready)
-            quiet_in = QUIET - (time.monotonic() - self._taken[-1]) if self._taken else 0.0
+            quiet_in = self._quiet_until() - time.monotonic()
             if ready > wanted and not self._waiting:
                 return 0, [self._ready.pop() for _ in range(ready - wanted)]
             if ready < wanted and self._error is None:
@@ -322,6 +329,14 @@ class Pool:
             else:
                 self._changed.wait()
         return 0, []
+
+    def _quiet_until(self) -> float:
+        """The monotonic time before which refilling would compete with clones that have just been taken."""
+        if not self._taken:
+            return 0.0
+        last = self._taken[-1]
+        burst = sum(1 for when in self._taken if when > last - BURST)
+        return last + (QUIET + EACH * burst) * (SLOWER if host.emulated() else 1)
 
     def _make(self, count: int) -> None:
         """Load ``count`` clones, all at the same time."""
@@ -347,6 +362,8 @@ def sweep(parent: Path) -> None:
     for path in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             os.close(_hold(path))
+            for clone in path.iterdir():
+                strays.end(clone)
             remove(path)
 
 

@@ -74,7 +74,7 @@ class Clone(Start):
         with (
             store.use(vm.layout, self.source) as snapshot,
             Firecracker(
-                self.assets.firecracker, vm.directory, vm.id, enter=vm.network.enter, arguments=arguments
+                self.assets.firecracker, vm.directory, vm.id, namespace=vm.network.namespace, arguments=arguments
             ) as vmm,
         ):
             vm.timings.mark("spawn")

@@ -115,7 +115,7 @@ class Boot(Start):
     def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
         """A fresh Firecracker in the VM's namespace and directory."""
         arguments = tuple(vm.spec.firecracker_args)
-        return Firecracker(self.assets.firecracker, vm.directory, vm.id, enter=vm.network.enter, arguments=arguments)
+        return Firecracker(self.assets.firecracker, vm.directory, vm.id, namespace=vm.network.namespace, arguments=arguments)
 
     def go(self, vm: "Supervisor") -> None:
         """Configure it and start the kernel."""

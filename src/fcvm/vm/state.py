@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fcvm.errors import ConflictError, NotFoundError, UsageError
+from fcvm.firecracker import strays
 from fcvm.storage.layout import Layout, locked, remove
 from fcvm.structs import Struct, asdict, field, replace
 
@@ -181,7 +182,7 @@ def sweep(layout: Layout) -> list[str]:
     """Remove what VMs whose supervisor died without cleaning up have left; returns their names.
 
     Processes, namespaces and taps are bound to the supervisor by the kernel and are gone already; what remains is
-    files. Cheap when there is nothing to do: two directory listings.
+    files, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings.
     """
     names = []
     with contextlib.suppress(FileNotFoundError), locked(layout.state / ".register.lock"):
@@ -193,6 +194,7 @@ def sweep(layout: Layout) -> list[str]:
                 continue
             if record is not None and record.status == "exited" and record.keep:
                 continue
+            strays.end(layout.vms / vm_id)
             forget(layout, vm_id)
             names.append(record.name if record else vm_id)
     return names
