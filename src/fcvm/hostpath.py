@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 HOST_ROOT = "FCVM_HOST_ROOT"
+HOST_ADDRESS = "FCVM_HOST_ADDRESS"  # the host's own address, as it was when the command began
 
 
 def in_machine() -> bool:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import start
-from fcvm import process
+from fcvm import config, process
 from fcvm.storage.layout import Layout
 
 HEAVY = {
@@ -32,12 +33,14 @@ sys.exit(code)
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of commands that find a VM, a clone server and a machine that answer at once."""
     layout = Layout(tmp_path_factory.mktemp("base"))
-    start.pretend(layout)
     sources = str(Path(__file__).parents[2] / "src")
-    return {**process.environment(), "FCVM_BASE_DIR": str(layout.base), "FCVM_MACHINE": "never", "PYTHONPATH": sources}
+    env = {**process.environment(), "FCVM_BASE_DIR": str(layout.base), "FCVM_MACHINE": "never", "PYTHONPATH": sources}
+    start.pretend(layout)
+    with start.pretended_machine(layout, config.load(env=env)):
+        yield env
 
 
 def imported(env: dict[str, str], *words: str) -> set[str]:
@@ -60,3 +63,9 @@ def imported(env: dict[str, str], *words: str) -> set[str]:
 )
 def test_a_fast_command_imports_nothing_heavy(env: dict[str, str], words: list[str], others: set[str]) -> None:
     assert imported(env, *words) & (HEAVY | others) == set()
+
+
+def test_a_forwarded_command_needs_nothing_of_a_machine_that_runs_already(env: dict[str, str]) -> None:
+    found = imported({**env, "FCVM_MACHINE": "always"}, "ls")
+    assert found & (HEAVY - {"hashlib"}) == set()
+    assert {name for name in found if name.startswith("fcvm.machine.")} == {f"fcvm.machine.{name}" for name in ("forward", "state", "sync")}

@@ -5,21 +5,27 @@ the machine's virtio-vsock. Its grace is 0: if this process ends, even by SIGKIL
 killed. It is run as root for root, and as the account with the same number otherwise.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
+from fcvm import hostpath
 from fcvm.agent.session import FORWARDED, Exit, Request, stream
 from fcvm.config import Config
 from fcvm.errors import AgentError, FcvmError, MachineError
 from fcvm.linux import sockets
-from fcvm.machine import inside, state
+from fcvm.machine import state
 from fcvm.machine.state import Places
 from fcvm.machine.sync import BASE, HOST, Plan, plan, synced
-from fcvm.network import host
+from fcvm.network import address
 from fcvm.setup.assets import Assets, find
 from fcvm.storage.layout import Layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # Of our environment, what shapes a command's output.
 PASSED_ON = ("TERM", "COLORTERM", "NO_COLOR", "LANG", "LC_ALL", "TZ")
@@ -78,10 +84,10 @@ def run(places: Places, request: Request) -> Exit:
 def environment(wanted: Plan) -> dict[str, str]:
     """The environment of fcvm in the machine."""
     env = terminal_environment()
-    env["FCVM_HOST_ROOT"] = str(HOST)
+    env[hostpath.HOST_ROOT] = str(HOST)
     env["FCVM_BASE_DIR"] = str(BASE)
     env["FCVM_ASSETS"] = str(wanted.assets)
-    env[inside.HOST_ADDRESS] = str(host.address() or "")
+    env[hostpath.HOST_ADDRESS] = str(address.own() or "")
     if os.geteuid() != 0:
         env["XDG_RUNTIME_DIR"] = f"/run/user/{os.geteuid()}"
     return env

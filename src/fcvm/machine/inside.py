@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 
 from fc_agent.machine_system import LOOPBACK_PRIORITY
+from fcvm import hostpath
 from fcvm.errors import ConflictError, MachineError
 from fcvm.machine import qemu
 from fcvm.network.spec import Loopback
 from fcvm.structs import Struct, asdict
 
-HOST_ADDRESS = "FCVM_HOST_ADDRESS"  # of the environment: the host's own address, as it was when the command began
 HOST_LOOPBACK = Loopback((qemu.GATEWAY,), priority=LOOPBACK_PRIORITY)
 PORTS_SOCKET = Path("/run/fcvm/ports.sock")
 ANSWER_TIME = 60.0  # seconds; the host may be busy
@@ -49,7 +49,7 @@ def here() -> bool:
 
 def host_address() -> IPv4Address | None:
     """The user's host's own address; None if it has none but those of its loopback."""
-    text = os.environ.get(HOST_ADDRESS)
+    text = os.environ.get(hostpath.HOST_ADDRESS)
     return IPv4Address(text) if text else None
 
 

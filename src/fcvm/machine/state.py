@@ -5,6 +5,8 @@ directory, so that two base directories have two machines. The keeper (``keeper.
 whole life: whether a machine runs is asked of the kernel. ``state.json`` tells the rest; it is replaced, never edited.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import hashlib
@@ -13,13 +15,16 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import Any, Literal
 
 from fcvm import config as settings
 from fcvm.errors import HostError
 from fcvm.structs import Struct, asdict, fields
 
-Phase = Literal["stopped", "starting", "running", "stopping", "broken"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    Phase = Literal["stopped", "starting", "running", "stopping", "broken"]
 
 
 class Places(Struct):
@@ -29,7 +34,7 @@ class Places(Struct):
     runtime: Path
 
     @classmethod
-    def of(cls, base: Path) -> "Places":
+    def of(cls, base: Path) -> Places:
         name = hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:8]
         return cls(base, settings.default_runtime_dir() / f"machine-{name}")
 

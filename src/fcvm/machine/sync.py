@@ -8,7 +8,6 @@ long as it stays the same there is nothing to do.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def sync(places: Places, plan: Plan, user: str | None, note: Callable[[str], Non
         request = Request(
             [PYTHON, "-ISE", "-c", program, json.dumps(work)], target="vm", user=user, cwd="/", stdin=True, grace=0
         )
-        with tempfile.TemporaryFile() as code:
+        with open(os.memfd_create("code"), "w+b") as code:
             code.write(pack_code())
             code.seek(0)
             ended = stream(lambda: sockets.connect(places.session), request, stdin=code.fileno(), on_output=show)

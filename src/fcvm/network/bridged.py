@@ -9,7 +9,6 @@ relayed.
 """
 
 import errno
-import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,6 @@ from fcvm.structs import Struct, field
 LOOPBACK = ip_network("127.0.0.0/8")
 MTU = 1500  # bytes, where the host has no default route to take it from
 _MTUS = (1280, 9000)  # less does not carry IPv6; more gains nothing behind segmentation offload
-
-_log = logging.getLogger(__name__)
 
 
 class Bridged(Struct):

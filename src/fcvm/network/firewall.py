@@ -10,12 +10,11 @@ next command (``sweep``).
 """
 
 import errno
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fcvm import process
+from fcvm import log, process
 from fcvm.config import default_runtime_dir
 from fcvm.errors import FcvmError, NetworkError
 from fcvm.linux import netlink, nft, rtnetlink
@@ -35,8 +34,6 @@ LEGACY = {nft.IPV4: ("iptables-legacy", "ip_tables_names"), nft.IPV6: ("ip6table
 _UNCONDITIONAL = {"counter", "log", "limit", "immediate", "reject"}
 _EVENT = 1 << 16  # bytes
 _QUIET = 0.3  # seconds from a change to a look: changes come in numbers
-
-_log = logging.getLogger(__name__)
 
 
 def open_up(families: tuple[int, ...] = (nft.IPV4,)) -> list[str]:
@@ -72,7 +69,7 @@ def keep_open(loop: Loop, families: tuple[int, ...]) -> None:
         try:
             open_up(families)
         except (FcvmError, OSError) as error:
-            _log.warning("The firewall of this host has changed, and VMs may be cut off: %s", error)
+            log.warning(f"The firewall of this host has changed, and VMs may be cut off: {error}")
 
     def changed(_: int) -> None:
         nonlocal waiting
@@ -166,7 +163,7 @@ def _insert(sock: netlink.Socket, chain: Chain) -> list[str]:
             f"The firewall chain {where} drops what VMs send, and cannot be changed: {error.strerror}.",
             hint=f'allow forwarding from and to interfaces named "{INTERFACES}" there, or use --network rootless',
         ) from error
-    _log.info("Added rules for %s to the firewall chain %s.", INTERFACES, where)
+    log.info(f"Added rules for {INTERFACES} to the firewall chain {where}.")
     return [where]
 
 

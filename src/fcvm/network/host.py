@@ -5,47 +5,30 @@ turn the host into a router between all of its networks.
 """
 
 import fcntl
-import logging
 import os
 import socket
 import struct
 from contextlib import suppress
-from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
+from fcvm import log
 from fcvm.errors import NetworkError
 from fcvm.linux import netlink, rtnetlink
 from fcvm.linux.rtnetlink import Link
+from fcvm.network.address import FAR
 from fcvm.network.subnets import PREFIX
 
 # /proc/sys/net shows the network namespace of the thread that looks
 CONF4 = Path("/proc/sys/net/ipv4/conf")
 CONF6 = Path("/proc/sys/net/ipv6/conf")
 SIOCGIFADDR = 0x8915  # linux/sockios.h
-# any address that only a default route leads to; nothing is sent there
-_FAR = {4: ip_address("198.41.0.4"), 6: ip_address("2001:503:ba3e::2:30")}
-
-_log = logging.getLogger(__name__)
 
 
 def uplink(route: netlink.Socket, version: int = 4) -> Link | None:
     """The interface of the host's default route; None without one."""
-    found = rtnetlink.match(route, _FAR[version])
+    found = rtnetlink.match(route, FAR[version])
     link = rtnetlink.link(route, found.oif) if found and found.oif else None
     return None if link is None or link.loopback else link
-
-
-def address() -> IPv4Address | None:
-    """The host's own address towards the world, without a packet being sent; None if it has only its loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((str(_FAR[4]), 9))
-            found = IPv4Address(sock.getsockname()[0])
-        except OSError:
-            with rtnetlink.open_socket() as route:
-                own = [interface.ip for _, interface in rtnetlink.addresses(route)]
-            return next((ip for ip in own if isinstance(ip, IPv4Address) and not ip.is_loopback), None)
-    return None if found.is_loopback else found
 
 
 def enable_forwarding() -> list[str]:
@@ -86,7 +69,7 @@ def enable_forwarding6(uplink: str, inner: str) -> list[str] | None:
                 changed += _write(CONF6 / name / "accept_ra", "2", f"net.ipv6.conf.{name}.accept_ra")
         return [*changed, *_write(CONF6 / "all" / "forwarding", "1", "net.ipv6.conf.all.forwarding")]
     except NetworkError as error:
-        _log.info("The VM is without IPv6: %s", error.message)
+        log.info(f"The VM is without IPv6: {error.message}")
         return None
 
 
@@ -109,5 +92,5 @@ def _write(path: Path, value: str, name: str) -> list[str]:
         ) from error
     if not name:
         return []
-    _log.warning("Set %s=%s, which VMs need to reach the network.", name, value)
+    log.warning(f"Set {name}={value}, which VMs need to reach the network.")
     return [f"{name}={value}"]

@@ -6,7 +6,6 @@ it work with ``call``.
 
 import heapq
 import itertools
-import logging
 import os
 import selectors
 import threading
@@ -16,11 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from socket import socket
 
+from fcvm import log
+
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 Handler = Callable[[int], None]
-
-_log = logging.getLogger(__name__)
 
 
 class Loop:
@@ -106,6 +105,8 @@ class Loop:
         try:
             function()
         except OSError as error:
-            _log.debug("relay: %s", error)
+            log.debug(f"relay: {error}")
         except Exception:
-            _log.exception("relay")
+            import traceback
+
+            log.error(f"relay: {traceback.format_exc()}")

@@ -17,7 +17,7 @@ from fcvm.errors import NetworkError
 from fcvm.linux import namespaces, netlink, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
 from fcvm.linux.netlink import NetlinkError
-from fcvm.network import guest, host, inner, neighbours, ports, relay
+from fcvm.network import address, guest, host, inner, neighbours, ports, relay
 from fcvm.network import slirp as slirps
 from fcvm.network.inner import Uplink
 from fcvm.network.loop import Loop
@@ -126,7 +126,7 @@ def _set_up(spec: NetworkSpec, directory: Path, undo: ExitStack) -> Rootless:
     uplink = Uplink(
         address=IPv4Interface((network[slirps.ADDRESS], 24)),
         gateway=network[slirps.GATEWAY],
-        host=spec.host or host.address(),
+        host=spec.host or address.own(),
         trusted=None,
         mtu=slirps.MTU,
         address6=IPv6Interface(slirps.ADDRESS6) if ipv6 else None,

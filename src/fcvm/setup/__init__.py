@@ -3,10 +3,15 @@
 ``find`` is on the path of every command and imports nothing heavy; ``ensure`` builds and fetches what is missing.
 """
 
+from __future__ import annotations
+
 from fcvm.config import Config
 from fcvm.setup.assets import Assets, find
-from fcvm.setup.progress import Progress
 from fcvm.storage.layout import Layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from fcvm.setup.progress import Progress
 
 
 def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = False) -> Assets:

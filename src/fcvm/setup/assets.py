@@ -3,11 +3,12 @@
 An ordinary user also gets the assets of the system's data directory (root's), where these fit.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from fcvm.config import Config
 from fcvm.errors import SetupError
@@ -15,13 +16,16 @@ from fcvm.setup import index
 from fcvm.storage.layout import Layout
 from fcvm.structs import Struct, asdict
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    Found = TypeVar("Found")
+
 SYSTEM_BASE = Path("/mnt/fcvm-btrfs")
 
 # Where the machine's host says which assets the machine's VMs use: a file with ``Assets.to_json()``.
 OVERRIDE = "FCVM_ASSETS"
-
-Found = TypeVar("Found")
-
 
 class Assets(Struct):
     """Everything that a VM is started from. All paths are absolute and named by content, so equal paths mean equal files.
@@ -56,7 +60,7 @@ class Assets(Struct):
         return [str(self.tools / "ld.so"), "--library-path", str(self.tools), str(self.tools / name)]
 
     @classmethod
-    def from_json(cls, text: str) -> "Assets":
+    def from_json(cls, text: str) -> Assets:
         """Raises ValueError or TypeError if ``text`` is not from ``to_json`` of this version."""
         values: dict[str, Any] = json.loads(text)
         plain = ("kernel_version", "firecracker_version")

@@ -1,10 +1,15 @@
 """Names for what setup builds: short hashes of what it was built from, and of what came out."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 LENGTH = 16  # hexadecimal digits: 64 bits, plenty for a handful of files of one's own making
 
