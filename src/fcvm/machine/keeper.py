@@ -140,7 +140,7 @@ class Keeper:
 
     # Telling
 
-    def _tell(self, phase: state.Phase, detail: str = "") -> None:
+    def _tell(self, phase: "state.Phase", detail: str = "") -> None:
         self._state = replace(self._state, phase=phase, detail=detail)
         state.write(self._places, self._state)
         self._say(f"{phase} {detail}".strip())
