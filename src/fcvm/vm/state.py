@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fcvm.errors import ConflictError, NotFoundError, UsageError
-from fcvm.firecracker import strays
 from fcvm.storage.layout import Layout, locked, remove
 from fcvm.structs import Struct, asdict, field, replace
 
@@ -194,6 +193,8 @@ def sweep(layout: Layout) -> list[str]:
                 continue
             if record is not None and record.status == "exited" and record.keep:
                 continue
+            from fcvm.firecracker import strays
+
             strays.end(layout.vms / vm_id)
             forget(layout, vm_id)
             names.append(record.name if record else vm_id)
