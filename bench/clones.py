@@ -88,6 +88,7 @@ class ByHand:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
+            start_new_session=True,  # as ours have: the scheduler shares the CPUs out by sessions (sched(7), autogroup)
         )
         path = self.directory / API_SOCKET
         while True:
@@ -175,9 +176,9 @@ def pooled_answer(bench: Bench) -> dict[str, Any]:
     return pooled(bench, 50, to_answer=True)
 
 
-def settle() -> None:
+def settle(seconds: float = 0.03) -> None:
     """Let what was done before come to rest: Firecracker and the kernel go on working after they have answered."""
-    time.sleep(0.03)
+    time.sleep(seconds)
 
 
 def direct(bench: Bench) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def together(bench: Bench, count: int = 50) -> dict[str, Any]:
             hands = [ByHand(bench, resume=False) for _ in range(count)]
             for step in (by_hand, by_pool) if number % 2 else (by_pool, by_hand):
                 pool.fill()  # before both: it must not be filled beside one of them
-                settle()
+                settle(1.0)
                 step()
             for clone in (*hands, *clones):
                 clone.close()
