@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -238,6 +239,21 @@ with baremetal.booted(vm) as vmm:
 """
 
 
+def wait_until_nobody_works_in(directory: Path) -> None:
+    for _ in range(600):
+        if not any(at(process / "cwd", directory) for process in Path("/proc").glob("[0-9]*")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"a process works in {directory}")
+
+
+def at(link: Path, directory: Path) -> bool:
+    try:
+        return link.samefile(directory)
+    except OSError:  # the process has ended
+        return False
+
+
 @pytest.mark.parametrize("point", ["paused", "written", "cloned", "complete"])
 def test_maker_killed_at_any_point_leaves_no_snapshot(tmp_path: Path, layout: Layout, point: str) -> None:
     baremetal.kernel()
@@ -248,6 +264,7 @@ def test_maker_killed_at_any_point_leaves_no_snapshot(tmp_path: Path, layout: La
     )
     assert done.returncode == -signal.SIGKILL
     assert store.tags(layout) == []
+    wait_until_nobody_works_in(tmp_path / "vm")  # the source is its maker's: it ends, it does not stay behind paused
     with baremetal.booted(tmp_path / "other") as vmm:
         baremetal.snapshot(layout, "warm", vmm)
     assert [p.name for p in layout.snapshots.iterdir()] == ["warm"]

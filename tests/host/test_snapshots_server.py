@@ -15,11 +15,13 @@ import baremetal
 import pytest
 from baremetal import Guest
 
-from fcvm import structs
+from fcvm import config, structs
+from fcvm.errors import NotFoundError
 from fcvm.firecracker import boot
 from fcvm.setup import Assets
 from fcvm.snapshots import create, servers, store
 from fcvm.snapshots.client import Clone, Wanted
+from fcvm.snapshots.server import CloneServer, Settings
 from fcvm.storage.layout import Layout
 from fcvm.vm import state
 from fcvm.vm.spec import ImageUse, RunSpec
@@ -63,10 +65,14 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
             spec=spec.to_json(),
         )
         create.take(made, "warm", vmm, manifest)
-    nothing = made.base / "nothing"
-    assets = Assets(nothing, nothing, "", nothing, nothing, nothing, nothing, baremetal.firecracker(), "1.12.1")
-    (made.base / "assets.json").write_text(assets.to_json())
+    (made.base / "assets.json").write_text(assets(made).to_json())
     return made
+
+
+def assets(layout: Layout) -> Assets:
+    """Of what setup makes, clones need Firecracker only."""
+    nothing = layout.base / "nothing"
+    return Assets(nothing, nothing, "", nothing, nothing, nothing, nothing, baremetal.firecracker(), "1.12.1")
 
 
 def environment(layout: Layout) -> dict[str, str]:
@@ -275,6 +281,27 @@ def test_interrupt_asks_twice_when_clones_live(layout: Layout) -> None:
         server.send_signal(signal.SIGINT)
         assert process.wait(60) == 137
         assert server.wait(60) == 0
+
+
+def test_stop_ends_servers_and_their_clones(layout: Layout) -> None:
+    with serving(layout) as one, serving(layout) as two, client(layout, "--pid", one.pid, "--name", "one") as process:
+        line_of(process)
+        assert fcvm(layout, "snapshot", "stop", one.pid).stdout == f"{one.pid}\n"
+        assert not (layout.base / "servers" / str(one.pid)).exists(), "it has ended when the command has"
+        assert process.wait(60) == 137
+        assert [server["pid"] for server in servers.running(layout)] == [two.pid]
+        assert fcvm(layout, "snapshot", "stop", "warm").stdout == f"{two.pid}\n"
+        assert (one.wait(60), two.wait(60)) == (0, 0)
+        assert "There is no clone server warm" in fcvm(layout, "snapshot", "stop", "warm", check=125).stderr
+        assert fcvm(layout, "snapshot", "stop", "--all").stdout == ""
+        assert "fcvm snapshot ls" in fcvm(layout, "snapshot", "stop", check=125).stderr
+
+
+def test_stop_comes_too_late(layout: Layout) -> None:
+    server = CloneServer(Settings("nothing"), config.load({"base_dir": str(layout.base)}), assets(layout))
+    with pytest.raises(NotFoundError):
+        server.run()
+    server.stop()
 
 
 def test_interrupt_ends_an_idle_server(layout: Layout) -> None:

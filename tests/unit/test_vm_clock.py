@@ -3,6 +3,8 @@
 import random
 from typing import Any
 
+import pytest
+
 from fcvm.vm import clock
 from fcvm.vm.clock import CLOSE, TRIES, Clock
 
@@ -28,7 +30,7 @@ class Guest:
             self.off += message["adjust_ns"]
             shown = self.time + self.off
             self.time += self.delays.pop(0)
-            self.clock.answered(message["sent_ns"], shown)
+            self.clock.answered({"type": "clock", "sent_ns": message["sent_ns"], "now_ns": shown})
             count += 1
         return count
 
@@ -64,3 +66,33 @@ def test_it_gives_up() -> None:
     guest.clock.was_set(guest.time - clock.CLOSE - 1)
     assert guest.settle() == TRIES
     assert abs(guest.off) <= 40 * MS
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {},
+        {"sent_ns": None, "now_ns": None},
+        {"sent_ns": 1},
+        {"sent_ns": "1", "now_ns": "2"},
+        {"sent_ns": 1.0, "now_ns": float("nan")},
+        {"sent_ns": [], "now_ns": {}},
+    ],
+)
+def test_what_is_no_answer_is_ignored(times: dict[str, Any]) -> None:
+    guest = Guest(off=-155 * MS, delays=[MS] * 20)
+    guest.clock.was_set(guest.time - 170 * MS)
+    question = guest.asked[:]
+    guest.clock.answered({"type": "clock", **times})
+    assert guest.asked == question, "it is not asked again"
+    assert guest.settle() == 2, "and the true answer counts"
+
+
+def test_absurd_times_and_answers_to_nothing_end() -> None:
+    guest = Guest(off=0, delays=[])
+    guest.clock.answered({"sent_ns": 0, "now_ns": 1 << 200})
+    assert guest.asked == []
+    guest.clock.was_set(guest.time - 170 * MS)
+    for _ in range(3 * TRIES):
+        guest.clock.answered({"sent_ns": -(1 << 200), "now_ns": 1 << 200})
+    assert len(guest.asked) == TRIES

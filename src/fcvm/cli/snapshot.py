@@ -28,6 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_run(actions.add_parser("run", help="run a clone, or many"))
     listing = actions.add_parser("ls", help="list clone servers")
     listing.add_argument("--json", action="store_true", help="an array of objects")
+    stop = actions.add_parser("stop", help="end clone servers and their clones")
+    stop.add_argument("servers", nargs="*", metavar="PID|TAG", help="by pid, or all that serve a snapshot").completer = tag_names  # type: ignore[attr-defined]
+    stop.add_argument("--all", "-a", action="store_true", help="all clone servers")
     verify = actions.add_parser("verify", help="start two clones and check that each is itself")
     verify.add_argument("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
 
@@ -41,7 +44,7 @@ def _vm_names(**_: object) -> list[str]:
 def _configure_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Keep loaded clones of a snapshot ready, so that `fcvm snapshot run --pid` only has to resume one. Prints the pid "
-        "when it is ready. SIGTERM ends the server and its clones; so does Ctrl-C, twice if clones run."
+        "when it is ready. SIGTERM and `fcvm snapshot stop` end the server and its clones; so does Ctrl-C, twice if clones run."
     )
     add = parser.add_argument
     add("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
@@ -116,6 +119,8 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
             args.minimum, args.maximum = pool_size(args.pool)
     elif args.action == "run":
         _prepare_run(args)
+    elif args.action == "stop" and args.all == bool(args.servers):
+        raise UsageError("Name clone servers, or say --all.", hint="fcvm snapshot ls")
 
 
 def pool_size(text: str) -> tuple[int, int]:
@@ -180,7 +185,7 @@ def distributed(publish: list[str], count: int) -> list[list[str]]:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    actions = {"create": _create, "serve": _serve, "run": _run, "ls": _ls, "verify": _verify}
+    actions = {"create": _create, "serve": _serve, "run": _run, "ls": _ls, "stop": _stop, "verify": _verify}
     return actions[args.action](args, context)
 
 
@@ -282,6 +287,19 @@ def _ls(args: argparse.Namespace, context: Context) -> int:
         for s in found
     ]
     print(table(rows))
+    return 0
+
+
+def _stop(args: argparse.Namespace, context: Context) -> int:
+    from fcvm.snapshots import servers
+
+    if args.all:
+        found = [server["pid"] for server in servers.running(context.layout)]
+    else:
+        found = [pid for word in args.servers for pid in servers.find(context.layout, word)]
+    for pid in dict.fromkeys(found):
+        servers.stop(context.layout, pid)
+        print(pid)
     return 0
 
 

@@ -72,11 +72,19 @@ class CloneServer:
         self.recorded = False
         self.stopping = False
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.waking = threading.RLock()  # a signal handler may stop us while its own thread does
 
     def stop(self) -> None:
-        """End the clones and the server; from any thread or signal handler."""
+        """End the clones and the server; from any thread or signal handler, also when it has ended."""
         self.stopping = True
-        os.eventfd_write(self.wake, 1)
+        with self.waking:
+            if self.wake >= 0:
+                os.eventfd_write(self.wake, 1)
+
+    def _deafen(self) -> None:
+        with self.waking:
+            wake, self.wake = self.wake, -1  # first: a signal handler may come in between
+            os.close(wake)
 
     def living(self) -> int:
         """How many clones run for clients."""
@@ -90,7 +98,7 @@ class CloneServer:
         """
         settings = self.settings
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, self.wake)
+            stack.callback(self._deafen)
             _allow_many_descriptors()
             pool.sweep(self.layout.vms)
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
@@ -179,6 +187,9 @@ class CloneServer:
                 servers.send(connection, self.status())
             elif request.get("op") == "run":
                 self._serve(client)
+            elif request.get("op") == "stop":
+                servers.send(connection, {"stopping": True})
+                self.stop()
             else:
                 servers.send(connection, {"error": "The clone server does not know this request."})
         finally:

@@ -9,6 +9,7 @@ speaks of.
                                      or at any time {"error": ..., "hint": ..., "exit_code": ...}
         with stdout and stderr; the clone lives as long as the connection, unless "detach" is true.
         then, from the client:      {"op": "stop", "timeout": SECONDS or null}, {"op": "kill"}
+    {"op": "stop"}                -> {"stopping": true}; it ends with its clones, and lets go of its directory then
 
 This module is on the path of `fcvm snapshot run`, which counts milliseconds: it imports little.
 """
@@ -88,6 +89,41 @@ def _alive(directory: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    finally:
+        os.close(fd)
+
+
+def find(layout: Layout, word: str) -> list[int]:
+    """The pids of the servers that ``word`` names: by its pid, or all of a snapshot.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    alive = [directory for directory in _directories(layout) if _alive(directory)]
+    found = [int(directory.name) for directory in alive if word == directory.name or word == _tag(directory)]
+    if not found:
+        raise NotFoundError(f"There is no clone server {word}.", hint="fcvm snapshot ls")
+    return found
+
+
+def _tag(directory: Path) -> str | None:
+    """The tag of what the server of ``directory`` serves; None while it starts or ends."""
+    try:
+        return str(json.loads((directory / INFO).read_text())["tag"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def stop(layout: Layout, pid: int) -> None:
+    """End the server ``pid`` and its clones, and wait for that; raises NotFoundError if there is none."""
+    with contextlib.suppress(ConflictError):  # it is ending already
+        call(layout, pid, {"op": "stop"})
+    try:
+        fd = os.open(layout.base / "servers" / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # which it lets go of as the last thing
     finally:
         os.close(fd)
 

@@ -32,8 +32,11 @@ class Clock:
             self._left = TRIES
             self._ask(0)
 
-    def answered(self, sent: int, shown: int) -> None:
-        """The guest's clock showed ``shown`` when it answered what was asked at ``sent``."""
+    def answered(self, message: dict[str, Any]) -> None:
+        """The guest's clock showed ``now_ns`` when it answered what was asked at ``sent_ns``; anything else is ignored."""
+        sent, shown = message.get("sent_ns"), message.get("now_ns")
+        if not (isinstance(sent, int) and isinstance(shown, int)):
+            return
         now = self._now()
         off, uncertain = shown - (sent + now) // 2, (now - sent) // 2
         if abs(off) + uncertain > CLOSE and self._left > 0:

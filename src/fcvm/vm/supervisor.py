@@ -158,8 +158,8 @@ class Supervisor:
             self._answer_waiting({"ok": True})
             self._selector.close()
             with self._waking:
-                os.close(self._asked)
-                self._asked = -1
+                asked, self._asked = self._asked, -1  # first: a signal handler may come in between
+                os.close(asked)
 
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         spec = self.spec
@@ -369,9 +369,7 @@ class Supervisor:
             self._run()
 
     def _on_clock_message(self, message: dict[str, Any]) -> None:
-        sent, shown = message.get("sent_ns"), message.get("now_ns")
-        if isinstance(sent, int) and isinstance(shown, int):
-            self._clock.answered(sent, shown)
+        self._clock.answered(message)
 
     def _run(self) -> None:
         """The container runs: it can be attached to."""
