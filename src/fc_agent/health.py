@@ -8,7 +8,6 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from fc_agent import exec as runtime
@@ -16,6 +15,7 @@ from fc_agent.container import Container
 from fc_agent.podman import PodmanError
 from fc_agent.protocol import HealthPlan
 from fc_agent.session import LaunchError, Request
+from fc_agent.structs import Struct
 
 # Podman's defaults, in seconds
 INTERVAL, TIMEOUT, RETRIES, START_PERIOD = 30.0, 30.0, 3, 0.0
@@ -26,8 +26,7 @@ KEPT = 500  # bytes of a check's output
 Check = Callable[[float], tuple[bool, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(Struct):
     """When to check, in seconds."""
 
     interval: float

@@ -1,8 +1,9 @@
 """What a session asks for and what it serves: the seam between sessions and whatever starts processes for them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from fc_agent.structs import Struct, field, fields
 
 
 class LaunchError(Exception):
@@ -14,8 +15,7 @@ class LaunchError(Exception):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct):
     """What a client asks for. ``target`` and ``user`` are the launcher's to understand; sizes are in characters."""
 
     target: str = "container"
@@ -37,7 +37,7 @@ class Request:
         Raises:
             LaunchError: a value has the wrong type.
         """
-        known = {name: value for name, value in message.items() if name in cls.__slots__}
+        known = {name: value for name, value in message.items() if name in fields(cls)}
         request = cls(**known)
         texts = [request.target, *request.argv] if isinstance(request.argv, list) else [None]
         texts += [*request.env.keys(), *request.env.values()] if isinstance(request.env, dict) else [None]

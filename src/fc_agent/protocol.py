@@ -1,13 +1,19 @@
 """What host and guest tell each other over the control channel: docs/architecture.md, "Control".
 
-Frozen dataclasses with ``to_json`` and ``from_json``. The version is raised when a message changes its meaning; a guest that
+Structs with ``to_json`` and ``from_json``. The version is raised when a message changes its meaning; a guest that
 was frozen in a snapshot may be older than the host that restores it.
 """
 
+from __future__ import annotations
+
 import base64
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from fc_agent.structs import Struct, asdict, field, fields
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal, Self
 
 PROTOCOL = 1
 
@@ -22,14 +28,11 @@ class ProtocolError(Exception):
     """A message is not what it should be."""
 
 
-class Message:
-    """Base of the dataclasses below: plain JSON both ways."""
-
-    __slots__ = ()
+class Message(Struct):
+    """Base of the structs below: plain JSON both ways."""
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain values."""
-        assert is_dataclass(self)
         return asdict(self)
 
     @classmethod
@@ -41,9 +44,10 @@ class Message:
         """
         if not isinstance(message, dict):
             raise ProtocolError(f"{cls.__name__} is not an object")
-        assert is_dataclass(cls)
-        hints = get_type_hints(cls)
-        values = {f.name: _load(hints[f.name], message[f.name], f.name) for f in fields(cls) if f.name in message}
+        import typing  # only who receives needs it: the agent
+
+        hints = typing.get_type_hints(cls, localns={"Literal": typing.Literal})
+        values = {name: _load(hints[name], message[name], name) for name in fields(cls) if name in message}
         try:
             return cls(**values)
         except TypeError as error:
@@ -52,6 +56,8 @@ class Message:
 
 def _load(kind: Any, value: object, name: str) -> Any:
     """``value`` as the type ``kind``, for the few kinds that are used below."""
+    from typing import Literal, get_args, get_origin
+
     origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:
         inner = next(arg for arg in args if arg is not type(None))
@@ -74,7 +80,6 @@ def _load(kind: Any, value: object, name: str) -> Any:
     raise ProtocolError(f"{name} is wrong: {value!r}")
 
 
-@dataclass(frozen=True, slots=True)
 class HealthPlan(Message):
     """How the container's health is found.
 
@@ -93,7 +98,6 @@ class HealthPlan(Message):
     start_period: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class ContainerPlan(Message):
     """The container to run: the options of `podman run`.
 
@@ -125,7 +129,6 @@ class ContainerPlan(Message):
     columns: int = 80
 
 
-@dataclass(frozen=True, slots=True)
 class NetworkPlan(Message):
     """What ``eth0`` gets; the same in every VM but for names and MTU. Addresses have their prefix length.
 
@@ -146,7 +149,6 @@ class NetworkPlan(Message):
     mtu: int = 1500
 
 
-@dataclass(frozen=True, slots=True)
 class VolumePlan(Message):
     """A host directory or file: served by the host on ``port`` (FUSE over vsock), seen in the container at ``path``."""
 
@@ -156,7 +158,6 @@ class VolumePlan(Message):
     file: bool = False
 
 
-@dataclass(frozen=True, slots=True)
 class Identity(Message):
     """Who a VM is. A restored guest takes it before it does anything else.
 
@@ -181,7 +182,6 @@ class Identity(Message):
         return base64.b64decode(self.entropy)
 
 
-@dataclass(frozen=True, slots=True)
 class Plan(Message):
     """What a VM that was just booted shall do. Without a container the agent only takes its identity and says ready.
 

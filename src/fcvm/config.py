@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm.errors import UsageError
-from fcvm.structs import Struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
-from fcvm.structs import Struct
 
 KVM_DEVICE = Path("/dev/kvm")
 

@@ -9,7 +9,6 @@ that it can be pasted into a shell.
 import ctypes
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,9 @@ def find(program: str, *, package: str | None = None) -> str:
     Raises:
         HostError: it is not installed; the hint names the Debian ``package`` (the program's own name by default).
     """
-    found = shutil.which(program, path=environment()["PATH"])
+    from shutil import which
+
+    found = which(program, path=environment()["PATH"])
     if found is None:
         raise HostError(f"{program} is not installed.", hint=f"apt-get install {package or program}")
     return found

@@ -13,7 +13,7 @@ import baremetal
 import pytest
 from baremetal import FIRST, Guest
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.errors import FirecrackerError, HostError, SnapshotError
 from fcvm.process import run
 from fcvm.snapshots import create, restore, store

@@ -14,7 +14,7 @@ import baremetal
 import pytest
 from baremetal import FIRST, Guest
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.errors import NetworkError, SnapshotError
 from fcvm.firecracker import boot
 from fcvm.network import attach, spec

@@ -15,7 +15,8 @@ import baremetal
 import pytest
 from baremetal import Guest
 
-from fcvm import config, structs
+from fc_agent import structs
+from fcvm import config
 from fcvm.errors import NotFoundError
 from fcvm.firecracker import boot
 from fcvm.setup import Assets

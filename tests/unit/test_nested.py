@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fc_agent import nested as guest
-from fcvm import config, host, structs
+from fc_agent import structs
+from fcvm import config, host
 from fcvm.config import Config
 from fcvm.errors import HostError, ImageError, UsageError
 from fcvm.firecracker import boot

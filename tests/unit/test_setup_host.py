@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config, host, structs
+from fc_agent import structs
+from fcvm import config, host
 from fcvm.cli import doctor
 from fcvm.cli.context import Context
 from fcvm.config import Config

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config, setup, structs
+from fc_agent import structs
+from fcvm import config, setup
 from fcvm.config import Config
 from fcvm.errors import HostError, SetupError, UsageError
 from fcvm.setup import assets, index, keys, recipe

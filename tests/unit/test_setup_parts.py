@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config, structs
+from fc_agent import structs
+from fcvm import config
 from fcvm.config import Config
 from fcvm.errors import HostError, SetupError
 from fcvm.setup import download, firecracker, guest, index, kata, progress, recipe, workspace

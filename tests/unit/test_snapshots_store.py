@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError, UsageError
 from fcvm.firecracker.boot import Hardware
 from fcvm.snapshots import manifest, store

@@ -18,7 +18,7 @@ HEAVY = {
     "asyncio", "ctypes", "dataclasses", "hashlib", "inspect", "logging", "random", "rich", "shutil", "subprocess", "tempfile",
     "threading", "tomllib", "traceback", "typing",
 }  # fmt: skip
-NO_CONNECTION = {"fc_agent", "fcvm.agent", "select", "signal", "socket"}
+NO_CONNECTION = {"fc_agent.channel", "fcvm.agent", "select", "signal", "socket"}
 
 PROBE = """
 import sys

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fcvm import structs
-from fcvm.structs import Struct, field
+from fc_agent import structs
+from fc_agent.structs import Struct, field
 
 
 class Point(Struct):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.setup import Assets
 from fcvm.snapshots import store
 from fcvm.snapshots.store import Snapshot

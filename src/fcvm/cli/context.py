@@ -1,8 +1,8 @@
 """What every command is given besides its own arguments."""
 
+from fc_agent.structs import Struct
 from fcvm.config import Config
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 
 
 class Context(Struct):

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.cli.context import Context
 
 WHERE = "here"

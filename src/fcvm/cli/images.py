@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fcvm import structs
+from fc_agent import structs
 from fcvm.cli.context import Context
 from fcvm.cli.ls import age, table
 from fcvm.errors import FcvmError

@@ -5,9 +5,9 @@ order of disks (it finds them by letter): root ``vda``, scratch ``vdb``, image `
 ``vdd``; see docs/architecture.md.
 """
 
+from fc_agent.structs import Struct
 from fcvm.firecracker.api import Api
 from fcvm.firecracker.process import VSOCK
-from fcvm.structs import Struct
 
 ROOT_DISK = "root.img"
 SCRATCH_DISK = "scratch.img"

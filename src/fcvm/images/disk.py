@@ -23,10 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm.errors import ImageError
 from fcvm.images import compression, layer, store
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
-from fcvm.structs import Struct
 
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"

@@ -12,9 +12,9 @@ import tarfile
 import zlib
 from pathlib import Path
 
+from fc_agent.structs import replace
 from fcvm.errors import ImageError
 from fcvm.images.reference import Reference
-from fcvm.structs import replace
 
 FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
 

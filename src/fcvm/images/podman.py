@@ -6,7 +6,6 @@ itself is then copied by skopeo.
 
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +27,8 @@ def find(name: str, env: Mapping[str, str] = os.environ) -> str | None:
 
 def graph_root(env: Mapping[str, str] = os.environ) -> Path:
     """Where this user's images are, by storage.conf or by Podman's defaults; it need not exist."""
+    import tomllib
+
     rootless = os.geteuid() != 0
     home = Path(env.get("HOME", "/"))
     files = [Path(env["CONTAINERS_STORAGE_CONF"])] if env.get("CONTAINERS_STORAGE_CONF") else []

@@ -15,8 +15,8 @@ The grammar of names is that of the OCI distribution specification.
 import os
 import re
 
+from fc_agent.structs import Struct, replace
 from fcvm.errors import UsageError
-from fcvm.structs import Struct, replace
 
 REGISTRY = "docker"  # skopeo's name of the transport
 FILE_TRANSPORTS = ("docker-archive", "oci-archive", "oci", "dir")

@@ -6,14 +6,13 @@ describes the files.
 """
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct, replace
 from fcvm.errors import UsageError
 from fcvm.images.reference import DEFAULT_REGISTRY, LOCALHOST, Reference, name
-from fcvm.structs import Struct, replace
 
 SYSTEM_FILES = (Path("/etc/containers/registries.conf"), Path("/usr/share/containers/registries.conf"))
 SYSTEM_DROP_INS = Path("/etc/containers/registries.conf.d")
@@ -80,6 +79,8 @@ def _files(env: Mapping[str, str]) -> Iterable[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib  # takes longer than all the rest of starting from an image that is here
+
     try:
         return tomllib.loads(path.read_text())
     except PermissionError:

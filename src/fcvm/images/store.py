@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct, asdict, field
 from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
 from fcvm.images import reference as references
 from fcvm.images import registries
 from fcvm.storage.layout import Layout, locked, remove
-from fcvm.structs import Struct, asdict, field
 
 VERSION = 1  # of names.json and <key>.json
 # Count up whenever disk.py makes other bytes of the same image: a snapshot of a running VM relies on them.

@@ -6,7 +6,6 @@ so what a kill left behind goes with the next image.
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,8 @@ def directory(layout: Layout) -> Iterator[Path]:
     with locked(layout.cache / ".images.lock"):
         parent.mkdir(exist_ok=True)
         _sweep(parent)
-        path = Path(tempfile.mkdtemp(dir=parent))
+        path = parent / os.urandom(6).hex()
+        path.mkdir(mode=0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_EX)
     try:

@@ -15,15 +15,14 @@ import json
 import os
 import socket
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from fc_agent.structs import Struct
 from fcvm.errors import FcvmError, HostError
-from fcvm.structs import Struct
 
 # linux/sched.h
 CLONE_NEWUSER = 0x10000000
@@ -179,6 +178,8 @@ def _report(channel: socket.socket, function: Callable[[], list[int]]) -> None:
     except OSError as error:
         answer = {"kind": "OSError", "text": str(error.strerror or error), "errno": error.errno or errno.EIO}
     except BaseException:
+        import traceback
+
         answer = {"kind": "RuntimeError", "text": traceback.format_exc()}
     socket.send_fds(channel, [json.dumps(answer).encode()], fds)
 

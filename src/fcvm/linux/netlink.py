@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 # linux/netlink.h
 NETLINK_ROUTE = 0

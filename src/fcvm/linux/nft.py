@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 
+from fc_agent.structs import Struct
 from fcvm.linux import netlink
 from fcvm.linux.netlink import (
     NLM_F_ACK,
@@ -35,7 +36,6 @@ from fcvm.linux.netlink import (
     nested,
     text,
 )
-from fcvm.structs import Struct
 
 # linux/netfilter.h: families and hooks
 INET, IPV4, IPV6 = 1, 2, 10

@@ -9,9 +9,9 @@ import ipaddress
 import socket
 import struct
 
+from fc_agent.structs import Struct
 from fcvm.linux import netlink
 from fcvm.linux.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Message, NetlinkError, attribute, nested, text, u32
-from fcvm.structs import Struct
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 
 from fc_agent.machine_system import LOOPBACK_PRIORITY
+from fc_agent.structs import Struct, asdict
 from fcvm import hostpath
 from fcvm.errors import ConflictError, MachineError
 from fcvm.machine import qemu
 from fcvm.network.spec import Loopback
-from fcvm.structs import Struct, asdict
 
 HOST_LOOPBACK = Loopback((qemu.GATEWAY,), priority=LOOPBACK_PRIORITY)
 PORTS_SOCKET = Path("/run/fcvm/ports.sock")

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct, fields, replace
 from fcvm import process
 from fcvm.errors import FcvmError, HostError, MachineError
 from fcvm.linux import sockets
@@ -32,7 +33,6 @@ from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
 from fcvm.machine.vsock import Vsock
 from fcvm.network.publish import Publish
-from fcvm.structs import Struct, fields, replace
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer

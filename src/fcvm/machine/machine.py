@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from fc_agent.structs import Struct
 from fcvm import process
 from fcvm.config import Config
 from fcvm.errors import HostError, MachineError
@@ -21,7 +22,6 @@ from fcvm.machine.sync import SOURCES, plan, sync, synced
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 
 KEEPER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from fcvm.machine.keeper import main; sys.exit(main())"
 

@@ -7,13 +7,13 @@ QEMU's, whose user network knows nothing else; at IPv6 the keeper listens and pa
 import socket
 import threading
 
+from fc_agent.structs import Struct
 from fcvm.errors import FcvmError
 from fcvm.machine import qemu
 from fcvm.machine.qmp import Monitor
 from fcvm.network import ports, relay
 from fcvm.network.loop import Loop
 from fcvm.network.publish import Publish
-from fcvm.structs import Struct
 
 LOOPBACK = "127.0.0.1"
 _ATTEMPTS = 8

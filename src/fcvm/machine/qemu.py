@@ -24,9 +24,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm import process
 from fcvm.errors import HostError
-from fcvm.structs import Struct
 
 PROGRAM = "qemu-system-x86_64"
 OLDEST = 10

@@ -16,9 +16,9 @@ import stat
 import time
 from pathlib import Path
 
+from fc_agent.structs import Struct, asdict, fields
 from fcvm import config as settings
 from fcvm.errors import HostError
-from fcvm.structs import Struct, asdict, fields
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fcvm
+from fc_agent.structs import Struct, replace
 from fcvm.agent.session import Request, stream
 from fcvm.errors import MachineError
 from fcvm.linux import sockets
 from fcvm.machine.state import Places
 from fcvm.setup.assets import Assets
 from fcvm.storage.layout import locked
-from fcvm.structs import Struct, replace
 
 PACKAGES = ("fcvm", "fc_agent", "fuse_pipe")
 SOURCES = Path(fcvm.__file__).parent.parent

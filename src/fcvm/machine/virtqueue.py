@@ -8,7 +8,7 @@ notifies the driver. Everything a guest writes is checked: a bad index, address 
 import mmap
 import struct
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 # struct virtq_desc: address, length, flags, next
 _DESCRIPTOR = struct.Struct("<QIHH")

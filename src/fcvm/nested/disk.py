@@ -16,6 +16,7 @@ image, and this very disk, for VMs further in.
 import os
 from pathlib import Path
 
+from fc_agent.structs import replace
 from fcvm.errors import HostError
 from fcvm.linux import files
 from fcvm.machine.sync import SOURCES, code_files
@@ -26,7 +27,6 @@ from fcvm.setup import bytecode, keys, workspace
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress
 from fcvm.storage.layout import Layout, locked, remove
-from fcvm.structs import replace
 
 RECIPE = 1  # raise it when the same inputs shall give another disk
 KEPT = 2  # disks: one for each version of what is on them

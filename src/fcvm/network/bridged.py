@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv4Interface, ip_address, ip_network
 
+from fc_agent.structs import Struct, field
 from fcvm.errors import NetworkError
 from fcvm.linux import conntrack, namespaces, netlink, nft, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
@@ -27,7 +28,6 @@ from fcvm.network.ports import Reservation
 from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import PREFIX, Subnet, candidates
-from fcvm.structs import Struct, field
 
 LOOPBACK = ip_network("127.0.0.0/8")
 MTU = 1500  # bytes, where the host has no default route to take it from

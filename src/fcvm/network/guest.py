@@ -8,7 +8,7 @@ neighbour cache, which is its template's, is right.
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 TAP = "tap0"
 MAC = "aa:fc:00:00:00:64"

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm.linux import netlink, nft, rtnetlink
 from fcvm.linux.netlink import Message
 from fcvm.linux.rtnetlink import DEVCONF_FORWARDING
 from fcvm.network import guest, refusals
 from fcvm.network.publish import Publish
 from fcvm.network.spec import Port
-from fcvm.structs import Struct
 
 UPLINK = "up0"
 TABLE = "fcvm"

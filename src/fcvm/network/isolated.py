@@ -5,13 +5,13 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from fc_agent.structs import Struct
 from fcvm.linux import namespaces, rtnetlink, tap
 from fcvm.linux.namespaces import Namespace
 from fcvm.network import guest
 from fcvm.network.loop import Loop
 from fcvm.network.ports import Reservation
 from fcvm.network.publish import Publish
-from fcvm.structs import Struct
 
 
 class Isolated(Struct):

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from fc_agent.structs import Struct, replace
 from fcvm.errors import ConflictError, FcvmError, HostError, NetworkError
 from fcvm.network.publish import Publish
-from fcvm.structs import Struct, replace
 
 _FREE_PORT_ATTEMPTS = 32
 _BACKLOG = 128

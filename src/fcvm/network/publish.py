@@ -13,8 +13,8 @@
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator
 
+from fc_agent.structs import Struct
 from fcvm.errors import UsageError
-from fcvm.structs import Struct
 
 HINT = "--publish takes [HOSTIP:]HOSTPORT:GUESTPORT[/tcp|udp], for example 8080:80 or 127.0.0.1:5353:53/udp"
 PROTOCOLS = ("tcp", "udp")

@@ -7,8 +7,8 @@ per-link servers and split domains of a VPN that it knows of, dnsmasq on the loo
 import os
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm.network.relay import Target, target
-from fcvm.structs import Struct
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PORT = 53

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import Path
 
+from fc_agent.structs import Struct, field
 from fcvm import process
 from fcvm.errors import NetworkError
 from fcvm.linux import namespaces, netlink, rtnetlink, tap
@@ -26,7 +27,6 @@ from fcvm.network.publish import Publish
 from fcvm.network.slirp import Slirp
 from fcvm.network.spec import NetworkSpec
 from fcvm.network.subnets import POOLS
-from fcvm.structs import Struct, field
 
 _SPARE = 32  # sockets made at a time
 _ANY = {"": "0.0.0.0"}

@@ -16,11 +16,11 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm import hostpath, process
 from fcvm.errors import NetworkError
 from fcvm.linux import namespaces
 from fcvm.linux.namespaces import Namespace
-from fcvm.structs import Struct
 
 SOCKET = "slirp.sock"
 MTU = 65520  # bytes; fewer, larger packets are what makes it fast

@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 
+from fc_agent.structs import Struct
 from fcvm.errors import UsageError
 from fcvm.network import publish as publishing
 from fcvm.network.publish import Publish
-from fcvm.structs import Struct
 
 MODES = ("rootless", "bridged", "none")
 

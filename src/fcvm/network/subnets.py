@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Iterator
 from ipaddress import IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 
+from fc_agent.structs import Struct
 from fcvm.errors import NetworkError
 from fcvm.linux import netlink, rtnetlink
-from fcvm.structs import Struct
 
 PREFIX = "fcvm"
 # the second and third, for hosts that use the first, are set aside for tests between networks (RFC 2544)

@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from fc_agent.structs import Struct, asdict
 from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.setup import index
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct, asdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm.process import run
-from fcvm.structs import Struct
 
 # Both sides speak this version of marshal: all Pythons since 3.4.
 MARSHAL_VERSION = 4

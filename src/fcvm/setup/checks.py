@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fc_agent.structs import Struct
 from fcvm import host, process
 from fcvm.config import Config
 from fcvm.errors import FcvmError
@@ -16,7 +17,6 @@ from fcvm.network import diagnose
 from fcvm.setup import assets, storage
 from fcvm.setup.progress import size
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 
 QEMU = "qemu-system-x86_64"
 QEMU_WANTED = 10

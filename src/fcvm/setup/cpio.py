@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 TRAILER = "TRAILER!!!"
 

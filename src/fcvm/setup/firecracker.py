@@ -16,7 +16,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from fcvm import process, structs
+from fc_agent import structs
+from fcvm import process
 from fcvm.config import Config
 from fcvm.errors import FcvmError, SetupError
 from fcvm.setup import download, index, keys, workspace

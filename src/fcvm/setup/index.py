@@ -14,10 +14,10 @@ import os
 import re
 from pathlib import Path
 
+from fc_agent.structs import Struct, asdict
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
 from fcvm.setup import keys, recipe
-from fcvm.structs import Struct, asdict
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 PROFILES = ("debian", "kata")

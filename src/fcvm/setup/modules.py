@@ -8,9 +8,9 @@ import lzma
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from fc_agent.structs import Struct
 from fcvm.errors import SetupError
 from fcvm.process import run
-from fcvm.structs import Struct
 
 
 class Index(Struct):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 APT = Path("/etc/apt")
 

@@ -12,12 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
+from fc_agent.structs import Struct
 from fcvm import process
 from fcvm.errors import FcvmError, HostError
 from fcvm.linux import files
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import locked
-from fcvm.structs import Struct
 
 MINIMUM_MIB = 256  # mkfs.btrfs needs a little over 100
 MOUNT_OPTIONS = "noatime,discard=async"  # discard: deleted files give their space back to the host

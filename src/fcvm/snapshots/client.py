@@ -10,10 +10,10 @@ import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 
+from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, ContainerError
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm.agent import vsock
 from fcvm.errors import FirecrackerError, SnapshotError
 from fcvm.firecracker.boot import SCRATCH_DISK
@@ -27,7 +28,6 @@ from fcvm.linux import files, holes
 from fcvm.snapshots import store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 
 BASE = "memory.base"
 UNKNOWN = "memory.unknown"

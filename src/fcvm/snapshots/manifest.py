@@ -6,14 +6,13 @@ snapshot can be carried to another host that has the same guest image and contai
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct, asdict, field, fields
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.boot import Hardware
-from fcvm.structs import Struct, asdict, field, fields
 
 SCHEMA = 1
 NAME = "config.json"
@@ -109,10 +108,11 @@ def this_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:
             if not line.strip():
                 break
             values[name.strip()] = value.strip()
+    system = os.uname()
     return Host(
-        kernel=platform.release(),
-        cpu=values.get("model name") or values.get("CPU part") or platform.machine(),
-        vendor=f"{platform.machine()} {values.get('vendor_id') or values.get('CPU implementer') or ''}".strip(),
+        kernel=system.release,
+        cpu=values.get("model name") or values.get("CPU part") or system.machine,
+        vendor=f"{system.machine} {values.get('vendor_id') or values.get('CPU implementer') or ''}".strip(),
         flags=tuple(sorted((values.get("flags") or values.get("Features") or "").split())),
     )
 

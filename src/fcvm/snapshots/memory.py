@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import fcvm
+from fc_agent.structs import Struct
 from fcvm import log
 from fcvm.errors import SnapshotError
 from fcvm.linux import memory, sockets
@@ -32,7 +33,6 @@ from fcvm.process import spawn
 from fcvm.snapshots import page_faults
 from fcvm.snapshots import working_set as working_sets
 from fcvm.snapshots.page_faults import COUNTERS, HEADER, PAGE, WINDOW, Region
-from fcvm.structs import Struct
 
 HANDSHAKE_LIMIT = 1 << 16  # bytes
 RESTARTS = 5  # within RESTART_PERIOD seconds; more than that cannot be helped

@@ -29,10 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm.linux.memory import ReadOnly
 from fcvm.linux.userfaultfd import EVENT_PAGEFAULT, EVENT_REMOVE, Userfaultfd
 from fcvm.snapshots import working_set
-from fcvm.structs import Struct
 
 PAGE = 4096
 WINDOW = 16  # pages brought in by one fault

@@ -11,7 +11,6 @@ The kernel ends every clone, taken or not, with our process.
 import contextlib
 import fcntl
 import os
-import secrets
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from fc_agent.structs import Struct, field
 from fcvm import host
 from fcvm.errors import FcvmError, SnapshotError
 from fcvm.firecracker import strays
@@ -29,7 +29,6 @@ from fcvm.snapshots import restore
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import remove
-from fcvm.structs import Struct, field
 
 PREFIX = ".pool-"  # of a pool's directory, so that it is not taken for a VM's
 BATCH = 8  # clones that are loaded at the same time: most of a load is one sleeping ioctl
@@ -180,7 +179,7 @@ class Pool:
         self.kit = kit
         self.minimum = minimum
         self.maximum = max(minimum, maximum)
-        self.directory = parent / f"{PREFIX}{secrets.token_hex(6)}"
+        self.directory = parent / f"{PREFIX}{os.urandom(6).hex()}"
         self.directory.mkdir(mode=0o700)
         self._lock = _hold(self.directory)
         self._changed = threading.Condition()
@@ -343,7 +342,7 @@ class Pool:
         loading: list[Loaded] = []
         try:
             for _ in range(count):
-                clone_id = secrets.token_hex(6)
+                clone_id = os.urandom(6).hex()
                 directory = self.directory / clone_id
                 loading.append(Loaded(self.kit, clone_id, directory, on_resumed=self._refill))
             while loading:

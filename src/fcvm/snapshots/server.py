@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm import log
 from fcvm.config import Config
 from fcvm.errors import FcvmError, SnapshotError
@@ -32,7 +33,6 @@ from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
 from fcvm.vm import clone as clones
 from fcvm.vm import network as networks
 from fcvm.vm import rpc, state

@@ -18,18 +18,18 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError
 from fcvm.snapshots import manifest as manifests
 from fcvm.snapshots.manifest import Manifest
 from fcvm.snapshots.tags import CREATING, REMOVING, check_tag
 from fcvm.storage.layout import Layout
-from fcvm.structs import Struct
+from fcvm.storage.layout import remove as remove_path
 
 VMSTATE = "vmstate.bin"
 MEMORY = "memory.bin"
@@ -105,7 +105,7 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
             raise write_error(error, temporary) from error
     finally:
         if temporary.exists() and _is(fd, temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_path(temporary, ignore_errors=True)
         os.close(fd)
 
 
@@ -178,9 +178,9 @@ def remove(layout: Layout, tag: str) -> int:
         size = _bytes_on_disk(path)
         gone = path.with_name(tag + REMOVING)
         if gone.exists():
-            shutil.rmtree(gone)
+            remove_path(gone)
         path.rename(gone)
-        shutil.rmtree(gone)
+        remove_path(gone)
         return size
     finally:
         os.close(fd)
@@ -215,7 +215,7 @@ def sweep(layout: Layout) -> list[tuple[str, int]]:
         fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if fd is not None:
             removed.append((path.name, _bytes_on_disk(path)))
-            shutil.rmtree(path, ignore_errors=True)
+            remove_path(path, ignore_errors=True)
             os.close(fd)
     return removed
 
@@ -285,7 +285,7 @@ def _is(fd: int, path: Path) -> bool:
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
         if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path)
+            remove_path(path)
         else:
             path.unlink()
 

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator
 
+from fc_agent.structs import Struct
 from fcvm.config import Config
 from fcvm.errors import FcvmError
 from fcvm.snapshots import direct
 from fcvm.snapshots.client import Wanted
-from fcvm.structs import Struct
 from fcvm.vm.state import new_id
 from fcvm.vm.supervisor import Supervisor
 

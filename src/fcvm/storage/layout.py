@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fcvm.structs import Struct
+from fc_agent.structs import Struct
 
 
 class Layout(Struct):
@@ -90,12 +90,12 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(fd)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a whole directory; one that is not there is fine."""
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file or a whole directory; one that is not there is fine. Of a directory, ``ignore_errors`` leaves what must stay."""
     if path.is_dir() and not path.is_symlink():
         import shutil
 
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

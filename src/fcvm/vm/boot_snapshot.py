@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from fc_agent.structs import asdict
 from fcvm import __version__, host, log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker import boot
@@ -21,7 +22,6 @@ from fcvm.snapshots import create, restore, store
 from fcvm.snapshots.manifest import Manifest, this_host
 from fcvm.storage import disks
 from fcvm.storage.layout import Layout
-from fcvm.structs import asdict
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Boot, hardware
 

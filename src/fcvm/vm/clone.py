@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fc_agent.structs import replace
 from fcvm import host
 from fcvm.config import Config
 from fcvm.errors import SnapshotError
@@ -15,7 +16,6 @@ from fcvm.setup import Assets
 from fcvm.snapshots import restore, store
 from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
-from fcvm.structs import replace
 from fcvm.vm import network
 from fcvm.vm.boot_snapshot import RESTORE_TIMEOUT
 from fcvm.vm.spec import RunSpec

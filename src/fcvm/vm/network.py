@@ -8,13 +8,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fc_agent.structs import replace
 from fcvm.machine import inside
 from fcvm.network import attach, publish
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
-from fcvm.structs import replace
 
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor

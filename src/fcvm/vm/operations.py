@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fc_agent.protocol import PROTOCOL
+from fc_agent.structs import asdict
 from fcvm.agent import session
 from fcvm.errors import ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
-from fcvm.structs import asdict
 from fcvm.vm import sessions
 
 if TYPE_CHECKING:

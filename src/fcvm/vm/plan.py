@@ -41,7 +41,7 @@ def identity(vm: "Supervisor", *, clone: bool = False) -> Identity:
 
 def network(vm: "Supervisor") -> NetworkPlan | None:
     """What the guest's interface is to be configured with."""
-    return NetworkPlan.from_json(vm.network.guest.json())
+    return NetworkPlan(**vm.network.guest.json())
 
 
 def volumes(spec: RunSpec) -> list[VolumePlan]:

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fc_agent.structs import replace
 from fcvm import host, setup
 from fcvm.config import Config
 from fcvm.network import attach
 from fcvm.snapshots import pool, store
 from fcvm.storage.layout import Layout
-from fcvm.structs import replace
 from fcvm.vm import background, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from fc_agent.structs import Struct, asdict, field
 from fcvm.errors import UsageError
-from fcvm.structs import Struct, asdict, field
 from fcvm.volumes.spec import Volume
 
 MAX_CPU = 32  # Firecracker's own limit (machine-config.vcpu_count)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fc_agent.structs import Struct
 from fcvm import host, hostpath
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
@@ -20,7 +21,6 @@ from fcvm.setup import Assets
 from fcvm.setup.kernel import NV2_OPTION, boot_args
 from fcvm.snapshots import create
 from fcvm.storage import disks
-from fcvm.structs import Struct
 from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
 

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fc_agent.structs import Struct, asdict, field, replace
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage.layout import Layout, locked, remove
-from fcvm.structs import Struct, asdict, field, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fc_agent.structs import replace
 from fcvm import log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.setup import Assets, keys
 from fcvm.snapshots import restore, store
 from fcvm.storage.layout import Layout
-from fcvm.structs import replace
 from fcvm.vm import boot_snapshot, operations, output, plan
 from fcvm.vm.clone import Clone
 from fcvm.vm.spec import RunSpec

@@ -8,7 +8,6 @@ The process is bound to the thread here that started it, so it ends with the sup
 
 import contextlib
 import json
-import shutil
 import socket
 import sys
 import threading
@@ -23,6 +22,7 @@ from fcvm import hostpath, log
 from fcvm.errors import SnapshotError
 from fcvm.linux import sockets
 from fcvm.process import spawn
+from fcvm.storage.layout import remove
 from fcvm.volumes.spec import Volume
 
 JOURNALS = "volumes"
@@ -185,7 +185,7 @@ class Volumes:
         return {"volumes": volumes, "states": str(self._states) if self._states is not None else None}
 
     def _forget(self) -> None:
-        shutil.rmtree(self._directory / JOURNALS, ignore_errors=True)
+        remove(self._directory / JOURNALS, ignore_errors=True)
 
 
 def _ask(control: socket.socket) -> list[dict[str, Any]]:

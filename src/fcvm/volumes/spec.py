@@ -6,8 +6,8 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
+from fc_agent.structs import Struct
 from fcvm.errors import NotFoundError, UsageError, VolumeError
-from fcvm.structs import Struct
 
 MOST = 32  # volumes of one VM; each costs its guest two connections and five threads
 OPTIONS = ("ro", "rw", "z", "Z")  # Podman's labels for SELinux (z, Z) have nothing to do here

@@ -1,4 +1,4 @@
-"""Structs: what ``@dataclass(frozen=True)`` makes, without what that costs when fcvm starts.
+"""Structs: what ``@dataclass(frozen=True)`` makes, without what that costs when fcvm, or the agent, starts.
 
 Importing ``dataclasses`` takes 10 ms (it imports inspect), and every class that it decorates up to 1 ms, because it
 compiles that class's methods; a whole `fcvm ls` may take 30 ms, and under emulation everything takes thirty times as long. The
@@ -43,7 +43,7 @@ class Struct:
     """Base of a class whose annotations are its fields: given by position or name, compared by value, never changed."""
 
     _fields: tuple[str, ...] = ()
-    _defaults: dict[str, Any] = {}  # noqa: RUF012 - every subclass has its own
+    _defaults: dict[str, object] = {}  # noqa: RUF012 - every subclass has its own
 
     def __init_subclass__(cls) -> None:
         own = cls.__annotations__
