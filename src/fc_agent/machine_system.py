@@ -3,6 +3,8 @@
 One function per thing, each raising ``Broken`` with one sentence when the machine cannot go on without it.
 """
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
 import os
@@ -12,9 +14,13 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from typing import Any, NoReturn
 
 from fc_agent import linux, nested
+from fc_agent.protocol import LOOPBACK_PRIORITY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 MS_NOATIME = 1024  # <linux/mount.h>
 MNT_DETACH = 2
@@ -23,7 +29,6 @@ MNT_DETACH = 2
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
 IFF_UP, RTF_UP, RTF_GATEWAY = 1, 1, 2
 
-LOOPBACK_PRIORITY = 6  # SO_PRIORITY of sockets that may connect to the host's loopback; up to 6 needs no rights
 RB_POWER_OFF = 0x4321FEDC  # <linux/reboot.h>
 
 # <linux/btrfs_tree.h>: the superblock and its first copy; the magic is at byte 64 of each.

@@ -20,6 +20,7 @@ PROTOCOL = 1
 CONTROL_PORT = 4999  # vsock, guest to host
 SESSION_PORT = 4998  # vsock, host to guest
 VOLUME_PORT = 5000  # vsock, guest to host: of the first volume; the others follow
+LOOPBACK_PRIORITY = 6  # SO_PRIORITY of sockets in the machine that may connect to its host's loopback; up to 6 needs no rights
 
 MAX_LINE = 16 << 20  # bytes of one message; a plan holds the environment
 

@@ -6,15 +6,20 @@ minimal environment unless told otherwise, and (``spawn``) a life bound to the c
 that it can be pasted into a shell.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
 
 from fcvm.errors import HostError, ProcessError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
 
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1

@@ -69,3 +69,12 @@ def test_a_forwarded_command_needs_nothing_of_a_machine_that_runs_already(env: d
     found = imported({**env, "FCVM_MACHINE": "always"}, "ls")
     assert found & (HEAVY - {"hashlib"}) == set()
     assert {name for name in found if name.startswith("fcvm.machine.")} == {f"fcvm.machine.{name}" for name in ("forward", "state", "sync")}
+
+
+def test_what_runs_until_firecracker_starts_imports_nothing_heavy() -> None:
+    """The modules of `podman run` and of a clone without a server, those of both networks included."""
+    modules = "fcvm.cli.podman fcvm.images.resolve fcvm.nested.profile fcvm.network.bridged fcvm.network.rootless fcvm.snapshots.direct fcvm.vm.run"
+    program = f"import {', '.join(['sys', *modules.split()])}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    needed = {"ctypes", "hashlib", "subprocess", "threading"}
+    assert set(done.stdout.split()) & (HEAVY - needed | {"datetime", "platform", "secrets", "tokenize"}) == set()

@@ -6,16 +6,21 @@ VM's whole life and is a single pollable descriptor for its supervisor's loop.
 The guest is not trusted: whatever it sends costs a bounded amount of memory and raises at most ``AgentError``.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import select
 import socket
 from pathlib import Path
-from typing import Any
 
 from fc_agent.protocol import CONTROL_PORT, MAX_LINE, PROTOCOL
 from fcvm.errors import AgentError
 from fcvm.linux import sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_INPUT = 1 << 20  # bytes of one message of the guest
 MAX_OUTPUT = 2 * MAX_LINE  # bytes that wait for a guest that does not read

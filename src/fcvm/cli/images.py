@@ -1,17 +1,21 @@
 """`fcvm images`: the images that are here."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 
 from fc_agent import structs
 from fcvm.cli.context import Context
 from fcvm.cli.ls import age, table
 from fcvm.errors import FcvmError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from fcvm.images.store import Image
 
 WHERE = "here"
@@ -142,7 +146,7 @@ def _used(context: Context) -> set[str]:
     return {path.stem for path in disks if path.parent.name == "images"}
 
 
-def _public(image: "Image", names: list[str]) -> dict[str, Any]:
+def _public(image: Image, names: list[str]) -> dict[str, Any]:
     values = structs.asdict(image)
     del values["reference"]
     return {"schema": SCHEMA, "names": names, **values, "path": str(image.path)}

@@ -1,15 +1,20 @@
 """`fcvm podman run`: a container in a microVM of its own."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
 from fcvm.errors import NotFoundError, UsageError
 from fcvm.storage.layout import Layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 WHERE = "vms"
 

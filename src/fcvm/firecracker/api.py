@@ -5,12 +5,17 @@ a clone is one such call. Requests and fields are those of Firecracker's API spe
 (``src/firecracker/swagger/firecracker.yaml``, 1.12).
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
 
 from fcvm.errors import FirecrackerError
 from fcvm.linux import sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Api:

@@ -5,14 +5,19 @@
 describes the files.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct, replace
 from fcvm.errors import UsageError
 from fcvm.images.reference import DEFAULT_REGISTRY, LOCALHOST, Reference, name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SYSTEM_FILES = (Path("/etc/containers/registries.conf"), Path("/usr/share/containers/registries.conf"))
 SYSTEM_DROP_INS = Path("/etc/containers/registries.conf.d")

@@ -4,10 +4,11 @@ What is here already costs a look at ``names.json``: no other program runs, and 
 even imported. Else ``make`` does the work.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from fcvm import log
 from fcvm.errors import ImageError, UsageError
@@ -16,14 +17,15 @@ from fcvm.images.reference import REGISTRY, STORAGE_TRANSPORTS, Reference
 from fcvm.images.store import Image
 from fcvm.storage.layout import Layout
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fcvm.setup.progress import Progress
 
-Pull = Literal["always", "missing", "newer", "never"]
+PULL = ("always", "missing", "newer", "never")
 
 
 def ensure(
-    text: str, *, pull: str = "missing", layout: Layout, further: Layout | None = None, progress: "Progress | None" = None
+    text: str, *, pull: str = "missing", layout: Layout, further: Layout | None = None, progress: Progress | None = None
 ) -> Image:
     """The image that ``text`` names, fetched and converted if it is not here.
 
@@ -40,11 +42,11 @@ def ensure(
         ImageError: there is no such image, it cannot be fetched, is damaged, or made for another architecture.
         HostError: skopeo is not installed.
     """
-    if pull not in get_args(Pull):
-        raise UsageError(f"{pull!r} is no pull policy.", hint=f"--pull takes {', '.join(get_args(Pull))}")
+    if pull not in PULL:
+        raise UsageError(f"{pull!r} is no pull policy.", hint=f"--pull takes {', '.join(PULL)}")
     wanted = reference.parse(text)
     if wanted.transport == REGISTRY:
-        return _named(text, wanted, cast(Pull, pull), layout, further, progress)
+        return _named(text, wanted, pull, layout, further, progress)
     known = store.names(layout).get(str(wanted))
     if pull == "never":
         image = store.get(layout, known.key, str(wanted)) if known else None
@@ -60,7 +62,7 @@ def ensure(
 
 
 def _named(
-    text: str, wanted: Reference, pull: Pull, layout: Layout, further: Layout | None, progress: "Progress | None"
+    text: str, wanted: Reference, pull: str, layout: Layout, further: Layout | None, progress: Progress | None
 ) -> Image:
     configured = registries.load() if wanted.is_short else registries.Registries({}, ())
     image = _local(configured.local(wanted), layout, progress)
@@ -87,7 +89,7 @@ def _named(
         raise
 
 
-def _local(candidates: list[Reference], layout: Layout, progress: "Progress | None") -> Image | None:
+def _local(candidates: list[Reference], layout: Layout, progress: Progress | None) -> Image | None:
     """The first of ``candidates`` that is here: in the store, or (``localhost/``) in the user's Podman storage."""
     known = store.names(layout)
     for candidate in candidates:
@@ -117,7 +119,7 @@ def _lent(text: str, candidates: list[Reference], further: Layout) -> Image | No
     return found[0] if found else None
 
 
-def _make(source: Reference, layout: Layout, progress: "Progress | None", *, name: str, stamp: str) -> Image:
+def _make(source: Reference, layout: Layout, progress: Progress | None, *, name: str, stamp: str) -> Image:
     from fcvm.images import make
 
     return make.image(source, layout, progress, name=name, stamp=stamp)

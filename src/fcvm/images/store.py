@@ -9,18 +9,23 @@ An image is in use while a VM or a snapshot has it as a disk. That is seen on th
 a hard link to the disk, or a symbolic link to it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct, asdict, field
 from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
 from fcvm.images import reference as references
 from fcvm.images import registries
 from fcvm.storage.layout import Layout, locked, remove
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 VERSION = 1  # of names.json and <key>.json
 # Count up whenever disk.py makes other bytes of the same image: a snapshot of a running VM relies on them.

@@ -8,6 +8,8 @@ is done in a thread which then ends. A user namespace can only be made or entere
 is done in a forked child, which sends back the fds that it opened.
 """
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import gc
@@ -19,10 +21,15 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from fc_agent.structs import Struct
 from fcvm.errors import FcvmError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 # linux/sched.h
 CLONE_NEWUSER = 0x10000000
@@ -30,7 +37,6 @@ CLONE_NEWNET = 0x40000000
 
 _MAX_FDS = 64
 _libc = ctypes.CDLL(None, use_errno=True)
-T = TypeVar("T")
 
 
 def setns(fd: int, kind: int) -> None:
@@ -64,7 +70,7 @@ class Namespace(Struct):
     net: int
     user: int | None = None
 
-    def __enter__(self) -> "Namespace":
+    def __enter__(self) -> Namespace:
         return self
 
     def __exit__(self, *_: object) -> None:

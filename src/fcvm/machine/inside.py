@@ -16,14 +16,14 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
 
-from fc_agent.machine_system import LOOPBACK_PRIORITY
+from fc_agent.protocol import LOOPBACK_PRIORITY
 from fc_agent.structs import Struct, asdict
 from fcvm import hostpath
 from fcvm.errors import ConflictError, MachineError
-from fcvm.machine import qemu
+from fcvm.machine.addresses import GATEWAY
 from fcvm.network.spec import Loopback
 
-HOST_LOOPBACK = Loopback((qemu.GATEWAY,), priority=LOOPBACK_PRIORITY)
+HOST_LOOPBACK = Loopback((GATEWAY,), priority=LOOPBACK_PRIORITY)
 PORTS_SOCKET = Path("/run/fcvm/ports.sock")
 ANSWER_TIME = 60.0  # seconds; the host may be busy
 

@@ -27,7 +27,7 @@ from fc_agent.structs import Struct, fields, replace
 from fcvm import process
 from fcvm.errors import FcvmError, HostError, MachineError
 from fcvm.linux import sockets
-from fcvm.machine import hostfs, qemu, state
+from fcvm.machine import addresses, hostfs, qemu, state
 from fcvm.machine.ports import Ports
 from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
@@ -230,10 +230,10 @@ class Keeper:
             user = {"name": entry.pw_name, "uid": entry.pw_uid, "gid": entry.pw_gid}
         configuration = {
             "hostname": "fcvm-machine",
-            "address": qemu.ADDRESS,
-            "prefix": qemu.PREFIX,
-            "gateway": qemu.GATEWAY,
-            "dns": qemu.DNS,
+            "address": addresses.ADDRESS,
+            "prefix": addresses.PREFIX,
+            "gateway": addresses.GATEWAY,
+            "dns": addresses.DNS,
             "user": user,
         }
         return f"fcvm:{json.dumps(configuration)}"

@@ -9,7 +9,7 @@ import threading
 
 from fc_agent.structs import Struct
 from fcvm.errors import FcvmError
-from fcvm.machine import qemu
+from fcvm.machine.addresses import ADDRESS
 from fcvm.machine.qmp import Monitor
 from fcvm.network import ports, relay
 from fcvm.network.loop import Loop
@@ -62,7 +62,7 @@ class Ports:
             ip, port = LOOPBACK, 0
         else:
             ip, port = publish.host_ip, publish.host_port
-        port = self._monitor.forward(publish.protocol, ip, port, qemu.ADDRESS, publish.guest_port)
+        port = self._monitor.forward(publish.protocol, ip, port, ADDRESS, publish.guest_port)
         for held in ours:
             relay.start(self._running(), held, [relay.target(ip or LOOPBACK, port)])
         return _Published((publish.protocol, ip, port), ours)

@@ -27,13 +27,11 @@ from pathlib import Path
 from fc_agent.structs import Struct
 from fcvm import process
 from fcvm.errors import HostError
+from fcvm.machine.addresses import ADDRESS, DNS, GATEWAY, NETWORK, PREFIX
 
 PROGRAM = "qemu-system-x86_64"
 OLDEST = 10
 INSTALL = "apt-get install -t bookworm-backports qemu-system-x86  (Debian 12; Debian 13 has it without -t)"
-
-# QEMU's user network; apart from 10.0.2.0/24, which is the inside of every microVM.
-NETWORK, PREFIX, ADDRESS, GATEWAY, DNS = "192.168.127.0", 24, "192.168.127.15", "192.168.127.2", "192.168.127.3"
 
 CONTROL_PORT = "fcvm.control"
 HOST_TAG = "host"

@@ -5,12 +5,13 @@ with create(spec, vm_id, directory) as network:
     ...
 """
 
+from __future__ import annotations
+
 import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
 
 from fcvm.linux.namespaces import Namespace
 from fcvm.network import dns, guest, ports, refusals, relay, resolver
@@ -21,29 +22,32 @@ from fcvm.network.publish import Publish
 from fcvm.network.refusals import Report
 from fcvm.network.spec import NetworkSpec
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
 
-class Backend(Protocol):
-    """A mode's part: see ``bridged``, ``rootless`` and ``isolated``."""
+    class Backend(Protocol):
+        """A mode's part: see ``bridged``, ``rootless`` and ``isolated``."""
 
-    @property
-    def namespace(self) -> Namespace: ...
-    @property
-    def sockets(self) -> tuple[socket.socket, ...]: ...
-    @property
-    def mtu(self) -> int: ...
-    @property
-    def ipv6(self) -> bool: ...
-    @property
-    def changed(self) -> tuple[str, ...]: ...
-    @property
-    def host_ip(self) -> str | None: ...
-    @property
-    def interface(self) -> str | None: ...
-    @property
-    def watch(self) -> tuple[tuple[int, str], ...]: ...
-    def attend(self, loop: Loop) -> None: ...
-    def open(self, published: Sequence[Publish]) -> None: ...
-    def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None: ...
+        @property
+        def namespace(self) -> Namespace: ...
+        @property
+        def sockets(self) -> tuple[socket.socket, ...]: ...
+        @property
+        def mtu(self) -> int: ...
+        @property
+        def ipv6(self) -> bool: ...
+        @property
+        def changed(self) -> tuple[str, ...]: ...
+        @property
+        def host_ip(self) -> str | None: ...
+        @property
+        def interface(self) -> str | None: ...
+        @property
+        def watch(self) -> tuple[tuple[int, str], ...]: ...
+        def attend(self, loop: Loop) -> None: ...
+        def open(self, published: Sequence[Publish]) -> None: ...
+        def serve(self, reservations: Sequence[Reservation], loop: Loop) -> None: ...
 
 
 class Network:
@@ -75,7 +79,7 @@ class Network:
         self._published = list(published)
         self._undo = ExitStack()
 
-    def __enter__(self) -> "Network":
+    def __enter__(self) -> Network:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,15 +4,20 @@ Queries are passed on as they are. If a server does not answer in time, refuses 
 first good answer wins. Each query leaves from a socket, and so a random port, of its own.
 """
 
+from __future__ import annotations
+
 import socket
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from fcvm.network import relay
 from fcvm.network.loop import READ, Loop
 from fcvm.network.relay import Target
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PATIENCE = 1.5  # seconds until the next server is asked too; the guest's own resolver repeats after 5
 GIVE_UP = 8.0  # seconds

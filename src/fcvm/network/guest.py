@@ -5,10 +5,15 @@ snapshot made in one mode restores in another, and a clone needs no new address 
 neighbour cache, which is its template's, is right.
 """
 
+from __future__ import annotations
+
 from ipaddress import IPv4Interface, IPv6Interface
-from typing import Any
 
 from fc_agent.structs import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 TAP = "tap0"
 MAC = "aa:fc:00:00:00:64"

@@ -4,15 +4,20 @@ A socket belongs to the namespace it was made in, so a process of the host can l
 outside, or the reverse: no helper process, no rule in any firewall.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import socket
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 from fcvm.network.loop import READ, WRITE, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 CHUNK = 256 * 1024  # bytes kept per direction of a connection
 UDP_SESSIONS = 1024  # per relay; the one idle the longest makes room
@@ -20,7 +25,7 @@ UDP_IDLE = 90.0  # seconds
 _DATAGRAM = 1 << 16
 IP_PKTINFO = 8  # linux/in.h; not in Python's socket module before 3.13
 
-Target = tuple[int, tuple[Any, ...]]
+Target = tuple[int, tuple[object, ...]]
 """Address family and socket address."""
 
 

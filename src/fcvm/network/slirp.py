@@ -4,6 +4,8 @@ Its life is bound to a pipe of ours (``--exit-fd``), which the kernel closes wit
 thread that started it, and is lost when its sandbox changes credentials.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import select
@@ -14,13 +16,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm import hostpath, process
 from fcvm.errors import NetworkError
 from fcvm.linux import namespaces
 from fcvm.linux.namespaces import Namespace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SOCKET = "slirp.sock"
 MTU = 65520  # bytes; fewer, larger packets are what makes it fast
@@ -35,7 +40,7 @@ _ANSWER = 1 << 16
 class Slirp(Struct):
     """A slirp4netns that is ready; ``pidfd`` becomes readable when it has died."""
 
-    process: "subprocess.Popen[bytes]"
+    process: subprocess.Popen[bytes]
     pidfd: int
     directory: Path
 
@@ -137,6 +142,6 @@ def slirp(namespace: Namespace, tap: str, network: IPv4Network, directory: Path,
         yield Slirp(child, pidfd, directory)
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
+def _end(child: subprocess.Popen[bytes]) -> None:
     child.kill()
     child.wait()

@@ -27,6 +27,7 @@ SYSTEM_BASE = Path("/mnt/fcvm-btrfs")
 # Where the machine's host says which assets the machine's VMs use: a file with ``Assets.to_json()``.
 OVERRIDE = "FCVM_ASSETS"
 
+
 class Assets(Struct):
     """Everything that a VM is started from. All paths are absolute and named by content, so equal paths mean equal files.
 

@@ -11,13 +11,14 @@ Slow work is done before the pause: writing back the disk's dirty pages (a refli
 base where the file system has no reflinks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm.agent import vsock
@@ -29,10 +30,14 @@ from fcvm.snapshots import store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    SaveVolumes = Callable[[], list[dict[str, Any]]]
+
 BASE = "memory.base"
 UNKNOWN = "memory.unknown"
-
-SaveVolumes = Callable[[], list[dict[str, Any]]]
 
 
 class Timings(Struct):

@@ -4,15 +4,20 @@ Paths in it are relative to the data directory (``guest/<key>/root.img``), so th
 snapshot can be carried to another host that has the same guest image and container image.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct, asdict, field, fields
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.boot import Hardware
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SCHEMA = 1
 NAME = "config.json"
@@ -74,7 +79,7 @@ class Manifest(Struct):
         (directory / NAME).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
+    def read(cls, directory: Path) -> Manifest:
         """That of the snapshot in ``directory``.
 
         Raises:

@@ -8,6 +8,8 @@ clones go on without noticing. When that does not help, or a clone's memory cann
 message. And when we die, the kernel ends both: the process, whose control socket closes, and the clones, which are bound to us.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import mmap
@@ -22,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import fcvm
 from fc_agent.structs import Struct
@@ -33,6 +34,10 @@ from fcvm.process import spawn
 from fcvm.snapshots import page_faults
 from fcvm.snapshots import working_set as working_sets
 from fcvm.snapshots.page_faults import COUNTERS, HEADER, PAGE, WINDOW, Region
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 HANDSHAKE_LIMIT = 1 << 16  # bytes
 RESTARTS = 5  # within RESTART_PERIOD seconds; more than that cannot be helped
@@ -176,7 +181,7 @@ class MemoryServer:
             os.close(self.stop_read)
             self.socket.unlink(missing_ok=True)
 
-    def __enter__(self) -> "MemoryServer":
+    def __enter__(self) -> MemoryServer:
         return self
 
     def __exit__(self, *_: object) -> None:

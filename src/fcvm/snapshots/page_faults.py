@@ -13,6 +13,8 @@ take most of its time (16 us against 51 us a fault). But only while a CPU is idl
 is one that the scheduler makes wait, and faults took twice as long.
 """
 
+from __future__ import annotations
+
 import errno
 import gc
 import json
@@ -27,12 +29,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm.linux.memory import ReadOnly
 from fcvm.linux.userfaultfd import EVENT_PAGEFAULT, EVENT_REMOVE, Userfaultfd
 from fcvm.snapshots import working_set
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PAGE = 4096
 WINDOW = 16  # pages brought in by one fault

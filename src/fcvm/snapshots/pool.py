@@ -8,6 +8,8 @@ waits for one.
 The kernel ends every clone, taken or not, with our process.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
@@ -17,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
 
 from fc_agent.structs import Struct, field
 from fcvm import host
@@ -26,9 +27,22 @@ from fcvm.firecracker import strays
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux.namespaces import Namespace
 from fcvm.snapshots import restore
-from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import remove
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+
+    from fcvm.snapshots.restore import Backend
+
+    class Network(Protocol):
+        """What a clone needs of its network."""
+
+        @property
+        def namespace(self) -> Namespace: ...
+
+    NetworkFactory = Callable[[str, Path], AbstractContextManager[Any]]
 
 PREFIX = ".pool-"  # of a pool's directory, so that it is not taken for a VM's
 BATCH = 8  # clones that are loaded at the same time: most of a load is one sleeping ioctl
@@ -38,16 +52,6 @@ EACH = 0.02  # more: that a clone needs a CPU for to run on, take its identity a
 BURST = 1.0  # seconds in which clones that are taken count as one burst
 SLOWER = 20  # times, all of this under emulation
 PATIENCE = 120.0  # seconds to wait for a clone; it takes milliseconds natively, seconds under emulation
-
-
-class Network(Protocol):
-    """What a clone needs of its network."""
-
-    @property
-    def namespace(self) -> Namespace: ...
-
-
-NetworkFactory = Callable[[str, Path], AbstractContextManager[Any]]
 
 
 class Kit(Struct):
@@ -140,7 +144,7 @@ class Loaded:
         self._undo.close()
         self.on_resumed()  # it may never have been
 
-    def __enter__(self) -> "Loaded":
+    def __enter__(self) -> Loaded:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -270,7 +274,7 @@ class Pool:
             os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,9 +8,10 @@ the page cache between all clones. *uffd*: memory is anonymous, and every first 
 page-fault server (memory.py), whose socket lies in the directory as ``memory.sock``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 from fcvm.errors import FirecrackerError, SnapshotError
 from fcvm.firecracker.api import Api, encode
@@ -21,7 +22,12 @@ from fcvm.snapshots.store import Snapshot
 from fcvm.storage import disks as storage
 from fcvm.storage.layout import Layout
 
-Backend = Literal["file", "uffd"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    Backend = Literal["file", "uffd"]
+
 BACKENDS: tuple[Backend, ...] = ("file", "uffd")
 MEMORY_SOCKET = "memory.sock"
 

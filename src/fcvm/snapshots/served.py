@@ -1,12 +1,13 @@
 """A clone that a clone server supervises for one of its clients."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import socket
 import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from fcvm.config import Config
 from fcvm.firecracker.process import Firecracker
@@ -18,6 +19,10 @@ from fcvm.vm.output import Output, write_all
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Pooled(Start):
@@ -74,7 +79,7 @@ class ClientOutput(Output):
 class ClientSupervisor(Supervisor):
     """Supervises a clone for a client, whose process the VM is listed under."""
 
-    def __init__(self, spec: RunSpec, config: Config, start: Any, client: "Client") -> None:
+    def __init__(self, spec: RunSpec, config: Config, start: Any, client: Client) -> None:
         super().__init__(spec, config, start, on_started=client.started)
         self.client = client
         if isinstance(start, Pooled):

@@ -5,6 +5,8 @@ and supervises those that were asked for, each in a thread of its own. A clone's
 client that asked for it, so a client that is killed takes its clone with it; the server's own end ends them all.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import resource
@@ -15,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm import log
@@ -29,7 +30,6 @@ from fcvm.setup import Assets
 from fcvm.snapshots import page_faults, pool, restore, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Loaded, Pool
-from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
@@ -37,6 +37,12 @@ from fcvm.vm import clone as clones
 from fcvm.vm import network as networks
 from fcvm.vm import rpc, state
 from fcvm.vm.spec import RunSpec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from fcvm.snapshots.restore import Backend
 
 RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
 

@@ -13,6 +13,8 @@ holds the exclusive one, everyone who restores from it a shared one, and removal
 snapshot in use cannot be removed and a maker that was killed leaves nothing but a directory that nobody holds.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -21,7 +23,6 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError
@@ -30,6 +31,10 @@ from fcvm.snapshots.manifest import Manifest
 from fcvm.snapshots.tags import CREATING, REMOVING, check_tag
 from fcvm.storage.layout import Layout
 from fcvm.storage.layout import remove as remove_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 VMSTATE = "vmstate.bin"
 MEMORY = "memory.bin"

@@ -1,13 +1,18 @@
 """Go on in the background: fork, tell the caller once how the start went, live on without a terminal."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from fcvm.errors import FcvmError
 from fcvm.vm import rpc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 Work = Callable[[Callable[[], None]], int]
 

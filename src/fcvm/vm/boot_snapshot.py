@@ -6,11 +6,12 @@ the place of the first run's, and hands the agent its plan. A snapshot that cann
 and the run boots.
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from fc_agent.structs import asdict
 from fcvm import __version__, host, log
@@ -25,6 +26,7 @@ from fcvm.storage.layout import Layout
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Boot, hardware
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
@@ -47,7 +49,7 @@ class BootAndCapture(Boot):
     def captures(self) -> bool:
         return True
 
-    def capture(self, vm: "Supervisor") -> bool:
+    def capture(self, vm: Supervisor) -> bool:
         """Take the snapshot; the agent's connection breaks by it, so its plan goes out on the next one."""
         name = tag(vm.spec, self.assets)
         manifest = Manifest(
@@ -76,18 +78,18 @@ class Restore(Boot):
 
     source: str = ""
 
-    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
         return self._restored(vm)
 
     @contextlib.contextmanager
-    def _restored(self, vm: "Supervisor") -> Iterator[Firecracker]:
+    def _restored(self, vm: Supervisor) -> Iterator[Firecracker]:
         with store.use(vm.layout, self.source) as snapshot, Boot.firecracker(self, vm) as vmm:
             vm.timings.mark("spawn")
             restore.load(vmm, snapshot)
             vm.timings.mark("load")
             yield vmm
 
-    def scratch(self, vm: "Supervisor") -> None:
+    def scratch(self, vm: Supervisor) -> None:
         """A clone of the snapshot's disk: the guest has it mounted."""
         disks.clone(store.find(vm.layout, self.source).scratch, vm.directory / boot.SCRATCH_DISK)
 
@@ -99,7 +101,7 @@ class Restore(Boot):
         """Now and then, under emulation, a vCPU of a restored guest never wakes up: then it is booted."""
         return Boot(self.assets, self.warm)
 
-    def go(self, vm: "Supervisor") -> None:
+    def go(self, vm: Supervisor) -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
         if vm.spec.nested is not None:
             restore.replace_drive(vm.firecracker.api, "nested", boot.NESTED_DISK)

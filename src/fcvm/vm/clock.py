@@ -6,8 +6,13 @@ asked for its time, which was true somewhere between question and answer, and is
 F. Cristian: Probabilistic clock synchronization. Distributed Computing 3, 146-158 (1989).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 CLOSE = 5_000_000  # nanoseconds that a clock may be off
 TRIES = 10  # each takes one round trip

@@ -1,10 +1,11 @@
 """A VM that starts from a user's snapshot: the container goes on where it was, as a VM of its own."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fc_agent.structs import replace
 from fcvm import host
@@ -14,14 +15,17 @@ from fcvm.firecracker.process import Firecracker
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.snapshots import restore, store
-from fcvm.snapshots.restore import Backend
 from fcvm.snapshots.store import Snapshot
 from fcvm.vm import network
 from fcvm.vm.boot_snapshot import RESTORE_TIMEOUT
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from fcvm.snapshots.restore import Backend
     from fcvm.vm.supervisor import Supervisor
 
 # What a clone does not take over from the VM that the snapshot is of.
@@ -52,24 +56,24 @@ class Clone(Start):
     def snapshot(self) -> str | None:
         return self.source
 
-    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
+    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
         """A namespace of its own: the guest's address is the same in each."""
         return network.create(vm)
 
-    def disks(self, vm: "Supervisor") -> None:
+    def disks(self, vm: Supervisor) -> None:
         """The snapshot's read-only disks by link, its writable one by reflink."""
         snapshot = store.find(vm.layout, self.source)
         restore.furnish(vm.directory, snapshot, restore.find_disks(snapshot, vm.layout))
 
-    def volumes(self, vm: "Supervisor") -> Path:
+    def volumes(self, vm: Supervisor) -> Path:
         """Those that the snapshot's VM had open."""
         return store.find(vm.layout, self.source).path / store.VOLUMES
 
-    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
         return self._loaded(vm)
 
     @contextlib.contextmanager
-    def _loaded(self, vm: "Supervisor") -> Iterator[Firecracker]:
+    def _loaded(self, vm: Supervisor) -> Iterator[Firecracker]:
         arguments = tuple(vm.spec.firecracker_args)
         with (
             store.use(vm.layout, self.source) as snapshot,
@@ -83,7 +87,7 @@ class Clone(Start):
             vm.timings.mark("load")
             yield vmm
 
-    def go(self, vm: "Supervisor") -> None:
+    def go(self, vm: Supervisor) -> None:
         restore.resume(vm.firecracker.api)
         vm.timings.mark("resume")
 

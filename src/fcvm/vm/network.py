@@ -4,9 +4,10 @@ Where the VMs run in the machine, a port is published twice: by the VM in the ma
 machine's keeper on the user's host, where the user said.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from fc_agent.structs import replace
 from fcvm.machine import inside
@@ -16,10 +17,14 @@ from fcvm.network.attach import Network
 from fcvm.network.publish import Publish
 from fcvm.network.spec import NetworkSpec
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from fcvm.vm.supervisor import Supervisor
 
-def create(vm: "Supervisor") -> Network:
+
+def create(vm: Supervisor) -> Network:
     """The VM's namespace with its tap; its ports are published where the VMs are."""
     wanted = network_spec.parse(vm.spec.network, (), vm.spec.forward_localhost, vm.spec.dns)
     return attach.create(replace(placed(wanted), publish=ports(vm)), vm.id, vm.directory)
@@ -32,14 +37,14 @@ def placed(wanted: NetworkSpec) -> NetworkSpec:
     return replace(wanted, loopback=inside.HOST_LOOPBACK, host=inside.host_address())
 
 
-def ports(vm: "Supervisor") -> tuple[Publish, ...]:
+def ports(vm: Supervisor) -> tuple[Publish, ...]:
     """What is to be published where the VMs are."""
     wanted = publish.parse_all(vm.spec.publish)
     return tuple(replace(port, host_ip="") for port in wanted) if inside.here() else wanted
 
 
 @contextlib.contextmanager
-def shown(vm: "Supervisor") -> Iterator[dict[str, Any]]:
+def shown(vm: Supervisor) -> Iterator[dict[str, Any]]:
     """The network as `fcvm ls` shows it, its ports published on the user's host inside the block.
 
     Raises:

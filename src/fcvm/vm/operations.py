@@ -1,10 +1,11 @@
 """What other commands may ask a VM's supervisor to do, besides ending it."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fc_agent.protocol import PROTOCOL
 from fc_agent.structs import asdict
@@ -13,17 +14,20 @@ from fcvm.errors import ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
 from fcvm.vm import sessions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from fcvm.snapshots.create import Timings
     from fcvm.vm.supervisor import Supervisor
 
-Operation = Callable[["Supervisor", dict[str, Any]], dict[str, Any]]
+    Operation = Callable[["Supervisor", dict[str, Any]], dict[str, Any]]
 
 # Prints how many processes of a guest have a VM open, whoever's it is.
 COUNT_VMS = "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c 'anon_inode:kvm-vm$'"
 
 
-def perform(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
+def perform(vm: Supervisor, request: dict[str, Any]) -> dict[str, Any]:
     """Carry out ``request["op"]`` and return the answer; raises FcvmError."""
     operation = OPERATIONS.get(str(request.get("op")))
     if operation is None:
@@ -31,14 +35,14 @@ def perform(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
     return {"ok": True, **operation(vm, request)}
 
 
-def snapshot(vm: "Supervisor", request: dict[str, Any]) -> dict[str, Any]:
+def snapshot(vm: Supervisor, request: dict[str, Any]) -> dict[str, Any]:
     """Take the snapshot ``request["tag"]``; the VM goes on. The answer holds the times of ``create.Timings``."""
     return {"timings": asdict(take(vm, str(request["tag"])))}
 
 
 def take(
-    vm: "Supervisor", tag: str, *, kind: str = "user", fill: Callable[[Path], None] = lambda directory: None
-) -> "Timings":
+    vm: Supervisor, tag: str, *, kind: str = "user", fill: Callable[[Path], None] = lambda directory: None
+) -> Timings:
     """Take a snapshot of the VM, which goes on; raises FcvmError. ``fill`` as in ``create.take``."""
     from fcvm.snapshots import create
     from fcvm.snapshots.manifest import Manifest, this_host
@@ -66,7 +70,7 @@ def take(
     return create.take(vm.layout, tag, vm.firecracker, manifest, vm.volumes.save, fill=fill)
 
 
-def _refuse_running_vms(vm: "Supervisor") -> None:
+def _refuse_running_vms(vm: Supervisor) -> None:
     """Raise ConflictError if VMs run in this one.
 
     Firecracker (1.12) does not save KVM's nested state, so a vCPU of this VM that happens to be running a VM's code when it
@@ -84,7 +88,7 @@ def _refuse_running_vms(vm: "Supervisor") -> None:
         )
 
 
-def _shared(vm: "Supervisor", name: str) -> str:
+def _shared(vm: Supervisor, name: str) -> str:
     """The file behind a shared disk, relative to the data directory."""
     path = Path(os.readlink(vm.directory / name))
     if not path.is_relative_to(vm.layout.base):

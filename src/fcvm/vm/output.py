@@ -4,6 +4,8 @@ The log is a sequence of records, ``>QBI`` (nanoseconds since the epoch, stream 
 line-oriented format it is exact for any bytes, and writing it costs one call a chunk.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import struct
@@ -11,17 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 from fcvm.linux import inotify
 from fcvm.storage.rotating import RotatingFile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO, Literal
+
+    Stream = Literal["stdout", "stderr"]
 
 LOG = "container.log"
 CLOSED = "container.log.closed"  # made when the container has ended, for those who follow a kept VM's log
 RECORD = struct.Struct(">QBI")
 MAX_CHUNK = 16 << 20
 
-Stream = Literal["stdout", "stderr"]
 _CHANGES = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_DELETE | inotify.IN_MOVED_TO | inotify.IN_DELETE_SELF
 _NUMBER: dict[str, int] = {"stdout": 1, "stderr": 2}
 

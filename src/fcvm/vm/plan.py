@@ -1,33 +1,37 @@
 """What the guest's agent is told to do, made of a VM's spec."""
 
+from __future__ import annotations
+
 import base64
 import os
 import time
-from typing import TYPE_CHECKING, Any
 
 from fc_agent.protocol import VOLUME_PORT, ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
 from fcvm.agent.control import new_machine_id
 from fcvm.agent.terminal import size
 from fcvm.vm.spec import RunSpec
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from fcvm.vm.supervisor import Supervisor
 
 ENTROPY = 64  # bytes of the host's randomness for each guest
 
 
-def message(vm: "Supervisor") -> dict[str, Any]:
+def message(vm: Supervisor) -> dict[str, Any]:
     """The ``plan`` message for a VM whose agent waits for one."""
     plan = Plan(identity(vm), container(vm.spec), network(vm), volumes(vm.spec), nested=vm.spec.nested is not None)
     return {"type": "plan", **plan.to_json()}
 
 
-def restored(vm: "Supervisor") -> dict[str, Any]:
+def restored(vm: Supervisor) -> dict[str, Any]:
     """The ``restored`` message for a VM that a snapshot was loaded into: it takes a new identity and goes on."""
     return {"type": "restored", "identity": identity(vm, clone=True).to_json()}
 
 
-def identity(vm: "Supervisor", *, clone: bool = False) -> Identity:
+def identity(vm: Supervisor, *, clone: bool = False) -> Identity:
     """A fresh identity, with the time of now; a clone also gets its network, and drops the sessions of its source."""
     return Identity(
         hostname=vm.spec.name,
@@ -39,7 +43,7 @@ def identity(vm: "Supervisor", *, clone: bool = False) -> Identity:
     )
 
 
-def network(vm: "Supervisor") -> NetworkPlan | None:
+def network(vm: Supervisor) -> NetworkPlan | None:
     """What the guest's interface is to be configured with."""
     return NetworkPlan(**vm.network.guest.json())
 

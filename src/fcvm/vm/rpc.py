@@ -5,14 +5,19 @@ answer is one line, ``{"ok": true, ...}`` or ``{"error": ..., "hint": ...}``, or
 supervisor ends.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 from fcvm.errors import FcvmError, NotFoundError
 from fcvm.linux import sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SOCKET = "supervisor.sock"
 MAX_LINE = 1 << 20

@@ -1,12 +1,13 @@
 """A VM tied to this process: its terminal, its signals, its exit code."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from fc_agent.structs import replace
 from fcvm import host, setup
@@ -18,6 +19,10 @@ from fcvm.vm import background, state, warm
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

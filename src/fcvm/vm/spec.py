@@ -1,10 +1,14 @@
 """What a VM shall be: every choice of `fcvm podman run`, checked, with paths absolute; plain JSON both ways."""
 
-from typing import Any
+from __future__ import annotations
 
 from fc_agent.structs import Struct, asdict, field
 from fcvm.errors import UsageError
 from fcvm.volumes.spec import Volume
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_CPU = 32  # Firecracker's own limit (machine-config.vcpu_count)
 MIN_MEMORY = 128  # MiB; below this the guest OS and Podman do not fit
@@ -76,7 +80,7 @@ class RunSpec(Struct):
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunSpec":
+    def from_json(cls, values: dict[str, Any]) -> RunSpec:
         volumes = [Volume(**volume) for volume in values.get("volumes", ())]
         return cls(**{**values, "image": ImageUse(**values["image"]), "volumes": volumes})
 

@@ -5,11 +5,12 @@ what it returns. Firecracker's directory gets every file under a fixed, relative
 snapshot of the VM can be restored in any other directory.
 """
 
+from __future__ import annotations
+
 import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fc_agent.structs import Struct
 from fcvm import host, hostpath
@@ -24,6 +25,7 @@ from fcvm.storage import disks
 from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
@@ -36,7 +38,7 @@ class Start(Struct, ABC):
         """The tag of the user's snapshot that it is from; None for any other start."""
         return None
 
-    def volumes(self, vm: "Supervisor") -> Path | None:
+    def volumes(self, vm: Supervisor) -> Path | None:
         """What the volumes' server goes on from: the ``volumes.json`` of the snapshot. None: nothing."""
         return None
 
@@ -51,19 +53,19 @@ class Start(Struct, ABC):
         return False
 
     @abstractmethod
-    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
+    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
 
     @abstractmethod
-    def disks(self, vm: "Supervisor") -> None:
+    def disks(self, vm: Supervisor) -> None:
         """Put the files that Firecracker opens into the VM's directory."""
 
     @abstractmethod
-    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
         """Firecracker in the VM's namespace and directory."""
 
     @abstractmethod
-    def go(self, vm: "Supervisor") -> None:
+    def go(self, vm: Supervisor) -> None:
         """Let the guest run."""
 
     @property
@@ -71,15 +73,15 @@ class Start(Struct, ABC):
         """Tag of the warm start that is to be taken once the container is healthy; None for none."""
         return None
 
-    def resumed(self, vm: "Supervisor", seen: int) -> None:
+    def resumed(self, vm: Supervisor, seen: int) -> None:
         """The container's streams go on behind ``seen`` frames, which the VM that the snapshot is of has had."""
         return None
 
-    def capture(self, vm: "Supervisor") -> bool:
+    def capture(self, vm: Supervisor) -> bool:
         """Take the boot snapshot. Returns whether that broke the agent's connection: it then says hello again."""
         return False
 
-    def another(self) -> "Start | None":
+    def another(self) -> Start | None:
         """What to try when the agent says nothing; None to give up."""
         return None
 
@@ -90,11 +92,11 @@ class Boot(Start):
     assets: Assets
     warm: str | None = None
 
-    def network(self, vm: "Supervisor") -> AbstractContextManager[Network]:
+    def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
         return network.create(vm)
 
-    def disks(self, vm: "Supervisor") -> None:
+    def disks(self, vm: Supervisor) -> None:
         """Root, kernel, initrd and image by symbolic link, scratch as a clone of the formatted template."""
         directory = vm.directory
         kernel = hostpath.resolve(vm.spec.kernel) if vm.spec.kernel else self.assets.vmlinux
@@ -108,16 +110,16 @@ class Boot(Start):
             link(disk.adopt(hostpath.resolve(vm.spec.nested), vm.layout), directory / boot.NESTED_DISK)
         self.scratch(vm)
 
-    def scratch(self, vm: "Supervisor") -> None:
+    def scratch(self, vm: Supervisor) -> None:
         """The VM's writable disk."""
         disks.make_scratch(vm.layout, vm.spec.scratch_size, vm.directory / boot.SCRATCH_DISK)
 
-    def firecracker(self, vm: "Supervisor") -> AbstractContextManager[Firecracker]:
+    def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
         """A fresh Firecracker in the VM's namespace and directory."""
         arguments = tuple(vm.spec.firecracker_args)
         return Firecracker(self.assets.firecracker, vm.directory, vm.id, namespace=vm.network.namespace, arguments=arguments)
 
-    def go(self, vm: "Supervisor") -> None:
+    def go(self, vm: Supervisor) -> None:
         """Configure it and start the kernel."""
         vm.timings.mark("spawn")
         shape = hardware(vm.spec, vm.network.tap, vm.network.mac)

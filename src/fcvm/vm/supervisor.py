@@ -10,6 +10,8 @@ It neither touches signals nor the terminal, so that a clone server can run many
 ``fcvm.vm.run`` ties one to a terminal and its signals.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -20,7 +22,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fcvm import log
 from fcvm.agent import session
@@ -38,6 +39,10 @@ from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
 from fcvm.volumes.service import Volumes
 from fcvm.volumes.spec import owner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL

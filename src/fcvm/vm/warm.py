@@ -9,12 +9,13 @@ underway at that moment is sent again by the guest, so of what was kept as much 
 taken: nothing is lost and nothing comes twice.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fc_agent.structs import replace
 from fcvm import log
@@ -27,6 +28,7 @@ from fcvm.vm.clone import Clone
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Boot, Start
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fcvm.vm.supervisor import Supervisor
 
@@ -53,7 +55,7 @@ class Warm(Clone):
     def another(self) -> Start | None:
         return self.otherwise
 
-    def resumed(self, vm: "Supervisor", seen: int) -> None:
+    def resumed(self, vm: Supervisor, seen: int) -> None:
         """Show what the container had written before the snapshot."""
         for stream, data in _written(store.find(vm.layout, self.source).path / store.OUTPUT, seen - STARTED):
             vm.output.write(stream, data)
@@ -78,7 +80,7 @@ def choose(spec: RunSpec, assets: Assets, layout: Layout) -> Start:
     return Warm(assets, name, otherwise=start)
 
 
-def capture(vm: "Supervisor", name: str | None) -> None:
+def capture(vm: Supervisor, name: str | None) -> None:
     """Take the warm start ``name`` of a VM whose container is healthy; None: none is wanted. The VM goes on."""
     if name is None:
         return

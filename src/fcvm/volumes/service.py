@@ -6,6 +6,8 @@ journals, in ``volumes/``; the guest's requests wait meanwhile. One that does no
 The process is bound to the thread here that started it, so it ends with the supervisor, however that ends.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import socket
@@ -14,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import fcvm
 from fc_agent.protocol import VOLUME_PORT
@@ -24,6 +25,10 @@ from fcvm.linux import sockets
 from fcvm.process import spawn
 from fcvm.storage.layout import remove
 from fcvm.volumes.spec import Volume
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 JOURNALS = "volumes"
 LOG = "volumes.log"

@@ -1,13 +1,18 @@
 """``--map HOST:GUEST[:ro]``: the option, checked where the user is, before anything is started."""
 
+from __future__ import annotations
+
 import os
 import posixpath
 import stat
 from collections.abc import Iterable
-from typing import Any
 
 from fc_agent.structs import Struct
 from fcvm.errors import NotFoundError, UsageError, VolumeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MOST = 32  # volumes of one VM; each costs its guest two connections and five threads
 OPTIONS = ("ro", "rw", "z", "Z")  # Podman's labels for SELinux (z, Z) have nothing to do here

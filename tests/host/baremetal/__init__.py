@@ -237,7 +237,7 @@ def clone(
     directory: Path,
     of: Snapshot,
     *,
-    backend: restore.Backend = "file",
+    backend: "restore.Backend" = "file",
     memory_socket: Path | None = None,
     resume: bool = True,
     dirty_tracking: bool = True,
