@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from fc_agent.structs import Struct
 from fcvm.errors import UsageError
@@ -53,23 +52,23 @@ def boolean(text: str) -> bool:
     raise ValueError(f"{text!r} is neither true nor false")
 
 
-def default_base_dir() -> Path:
+def default_base_dir() -> str:
     """``/mnt/fcvm-btrfs`` for root, ``~/.local/share/fcvm`` for everyone else (XDG_DATA_HOME respected)."""
     if os.geteuid() == 0:
-        return Path("/mnt/fcvm-btrfs")
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "fcvm"
+        return "/mnt/fcvm-btrfs"
+    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "fcvm")
 
 
-def default_runtime_dir() -> Path:
+def default_runtime_dir() -> str:
     """Where sockets live: ``/run/fcvm`` for root, ``$XDG_RUNTIME_DIR/fcvm`` or ``/tmp/fcvm-UID`` otherwise."""
     if os.geteuid() == 0:
-        return Path("/run/fcvm")
+        return "/run/fcvm"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "fcvm" if runtime else Path(f"/tmp/fcvm-{os.getuid()}")
+    return os.path.join(runtime, "fcvm") if runtime else f"/tmp/fcvm-{os.getuid()}"
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("base_dir", Path, default_base_dir, "Data directory: kernels, images, VMs, snapshots."),
+    Setting("base_dir", str, default_base_dir, "Data directory: kernels, images, VMs, snapshots."),
     Setting("storage_size", size, "32g", "Size of the loopback btrfs that setup makes at base_dir when run as root."),
     Setting("log", str, "warning", "What fcvm says about itself on stderr: debug, info, warning or error."),
     Setting("firecracker", str, "", "Firecracker binary to use; empty: PATH, then the pinned official release."),
@@ -95,7 +94,7 @@ SETTINGS: tuple[Setting, ...] = (
 class Config(Struct):
     """The settings in force, as attributes (``config.base_dir``); made by ``load``."""
 
-    base_dir: Path
+    base_dir: str
     storage_size: int
     log: str
     firecracker: str
@@ -117,12 +116,12 @@ class Config(Struct):
     machine: str
 
 
-def files(env: Mapping[str, str] = os.environ) -> list[Path]:
+def files(env: Mapping[str, str] = os.environ) -> list[str]:
     """The configuration files that are read, the strongest first; a missing one is skipped."""
     if env.get("FCVM_CONFIG"):
-        return [Path(env["FCVM_CONFIG"])]
-    home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
-    return [home / "fcvm/config.toml", Path("/etc/fcvm/config.toml")]
+        return [env["FCVM_CONFIG"]]
+    home = env.get("XDG_CONFIG_HOME") or os.path.join(env.get("HOME", "/"), ".config")
+    return [os.path.join(home, "fcvm/config.toml"), "/etc/fcvm/config.toml"]
 
 
 def load(overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Config:
@@ -138,7 +137,7 @@ def load(overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os
         ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
         ("the environment", {s.name: env[v] for s in SETTINGS if (v := "FCVM_" + s.name.upper()) in env}),
     ]
-    sources += [(str(path), _read(path)) for path in files(env) if path.exists()]
+    sources += [(path, _read(path)) for path in files(env) if os.path.exists(path)]
     values = {}
     for setting in SETTINGS:
         where, value = next(
@@ -155,11 +154,12 @@ def load(overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os
     return Config(**values)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
     import tomllib  # only when there is a file: 5 ms of every start otherwise
 
     try:
-        values = tomllib.loads(path.read_text())
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"The configuration file {path} cannot be read: {error}.") from error
     unknown = sorted(set(values) - {s.name for s in SETTINGS})

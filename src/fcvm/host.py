@@ -12,13 +12,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from fc_agent.structs import Struct
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
 
-KVM_DEVICE = Path("/dev/kvm")
+KVM_DEVICE = "/dev/kvm"
 
 # <linux/kvm.h>
 KVM_GET_API_VERSION = 0xAE00
@@ -44,7 +43,7 @@ def kvm() -> Kvm:
     return examine_kvm(cpu_flags(), KVM_DEVICE, loaded_modules())
 
 
-def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], machine: str | None = None) -> Kvm:
+def examine_kvm(flags: frozenset[str], device: str | os.PathLike[str], modules: frozenset[str], machine: str | None = None) -> Kvm:
     """The state of KVM on a host with these CPU flags, KVM device and kernel modules.
 
     Arguments:
@@ -53,7 +52,7 @@ def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], ma
     machine = machine or os.uname().machine
     extension = "vmx" if "vmx" in flags else "svm" if "svm" in flags else None
     if machine == "x86_64" and extension is None:
-        if device.exists():
+        if os.path.exists(device):
             return Kvm(
                 False,
                 f"{device} exists, but the CPU has neither vmx nor svm: it is a software KVM, which cannot run ordinary "
@@ -85,7 +84,7 @@ def examine_kvm(flags: frozenset[str], device: Path, modules: frozenset[str], ma
     return Kvm(True, f"{device} works ({extension or machine}).")
 
 
-def nesting(parameters: Path = Path("/sys/module"), machine: str | None = None, cmdline: str | None = None) -> Kvm:
+def nesting(parameters: str | os.PathLike[str] = "/sys/module", machine: str | None = None, cmdline: str | None = None) -> Kvm:
     """Whether guests of this host can use KVM themselves: a parameter of the host's KVM module.
 
     Arguments:
@@ -93,7 +92,7 @@ def nesting(parameters: Path = Path("/sys/module"), machine: str | None = None, 
         machine, cmdline: architecture and kernel command line of the host; None for this one's.
     """
     if (machine or os.uname().machine) == "aarch64":
-        told = _read(Path("/proc/cmdline")) if cmdline is None else cmdline
+        told = _read("/proc/cmdline") if cmdline is None else cmdline
         if "kvm-arm.mode=nested" in told.split():
             return Kvm(True, "Nested virtualization is on (kvm-arm.mode=nested).")
         return Kvm(
@@ -102,7 +101,7 @@ def nesting(parameters: Path = Path("/sys/module"), machine: str | None = None, 
             "boot with kvm-arm.mode=nested (FEAT_NV2, Linux 6.18 or later)",
         )
     for module in ("kvm_intel", "kvm_amd"):
-        value = _read(parameters / module / "parameters/nested").strip()
+        value = _read(os.path.join(parameters, module, "parameters/nested")).strip()
         if value in ("Y", "1"):
             return Kvm(True, f"Nested virtualization is on ({module}).")
         if value:
@@ -141,13 +140,13 @@ def uses_machine(config: Config) -> bool:
     return config.machine == "always" or (config.machine == "auto" and not kvm().usable and not kvm().forbidden)
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def cpu_flags(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> frozenset[str]:
     """The CPU's feature flags, as the kernel names them (``Features`` on arm64)."""
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(cpuinfo), re.MULTILINE)
     return frozenset(match[1].split()) if match else frozenset()
 
 
-def loaded_modules(path: Path = Path("/proc/modules")) -> frozenset[str]:
+def loaded_modules(path: str | os.PathLike[str] = "/proc/modules") -> frozenset[str]:
     """The names of the kernel's loaded modules."""
     return frozenset(line.split()[0] for line in _read(path).splitlines() if line)
 
@@ -159,7 +158,7 @@ def emulated() -> bool:
     Told by the kernel command line (fcvm passes ``tsc_early_khz`` to all kernels that boot under emulation), or by the
     hypervisor's CPUID signature, which is that of QEMU's emulator.
     """
-    return "tsc_early_khz=" in _read(Path("/proc/cmdline")) or hypervisor() == "TCGTCGTCGTCG"
+    return "tsc_early_khz=" in _read("/proc/cmdline") or hypervisor() == "TCGTCGTCGTCG"
 
 
 def deep() -> bool:
@@ -167,7 +166,7 @@ def deep() -> bool:
 
     One costs a millisecond on an idle host, so what saves exits is worth much here: see ``fcvm.vm.start.hardware``.
     """
-    return emulated() and "fcvm.role=vm" in _read(Path("/proc/cmdline")).split()
+    return emulated() and "fcvm.role=vm" in _read("/proc/cmdline").split()
 
 
 def patience(seconds: float) -> float:
@@ -190,11 +189,11 @@ def tsc_khz() -> int:
     Taken from our own command line, where the host above has put it; from the kernel, where the CPU's clock does not
     change; or measured against the system clock.
     """
-    told = re.search(r"\btsc_early_khz=(\d+)", _read(Path("/proc/cmdline")))
+    told = re.search(r"\btsc_early_khz=(\d+)", _read("/proc/cmdline"))
     if told:
         return int(told[1])
-    constant = "constant_tsc" in cpu_flags() and not Path("/sys/devices/system/cpu/cpu0/cpufreq").exists()
-    known = re.search(r"^cpu MHz\s*:\s*(\d+)\.(\d{3})", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    constant = "constant_tsc" in cpu_flags() and not os.path.exists("/sys/devices/system/cpu/cpu0/cpufreq")
+    known = re.search(r"^cpu MHz\s*:\s*(\d+)\.(\d{3})", _read("/proc/cpuinfo"), re.MULTILINE)
     if constant and known:
         return int(known[1] + known[2])
     return measure_tsc_khz()
@@ -243,8 +242,9 @@ def _machine_code(code: bytes, size: int) -> Iterator[Callable[[], bytes]]:
             del anchor  # the page cannot be closed while something points into it
 
 
-def _read(path: Path) -> str:
+def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return path.read_text(errors="replace")
+        with open(path, errors="replace") as file:
+            return file.read()
     except OSError:
         return ""

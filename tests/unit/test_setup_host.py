@@ -213,4 +213,4 @@ def test_a_host_where_nothing_was_set_up(settings: Config, capsys: pytest.Captur
     assert by_name["Setup"]["status"] == "fail"
     assert by_name["Setup"]["hint"] == "fcvm setup"
     assert by_name["Storage"]["hint"] == "fcvm setup --storage-only"
-    assert not settings.base_dir.exists()
+    assert not Path(settings.base_dir).exists()

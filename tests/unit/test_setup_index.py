@@ -66,7 +66,7 @@ def test_the_key_of_sources_follows_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_the_key_of_the_image_follows_its_inputs(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     before = index.image_pointer(settings, base)
     assert index.image_pointer(settings, base) == before
     other_suite = structs.replace(settings, debian_suite="sid")
@@ -91,7 +91,7 @@ def test_the_key_of_the_initrd_follows_its_inputs(tmp_path: Path, monkeypatch: p
 
 
 def test_everything_is_found_where_it_was_put(settings: Config) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     found = setup.find(settings, Layout(base))
     assert found.root_image.read_text() == f"guest/{IMAGE.id}/root.img"
@@ -103,8 +103,8 @@ def test_everything_is_found_where_it_was_put(settings: Config) -> None:
 
 
 def test_a_moved_data_directory_still_holds_everything(settings: Config, tmp_path: Path) -> None:
-    populate(settings.base_dir, settings)
-    settings.base_dir.rename(tmp_path / "moved")
+    populate(Path(settings.base_dir), settings)
+    Path(settings.base_dir).rename(tmp_path / "moved")
     assert setup.find(settings, Layout(tmp_path / "moved")).firecracker.is_relative_to(tmp_path / "moved")
 
 
@@ -119,7 +119,7 @@ def test_a_moved_data_directory_still_holds_everything(settings: Config, tmp_pat
     ],
 )
 def test_what_is_missing_is_named(settings: Config, lost: str, named: str) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     path = base / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -130,7 +130,7 @@ def test_what_is_missing_is_named(settings: Config, lost: str, named: str) -> No
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"id": "1"}', '{"unknown": 1}', "\x00"])
 def test_a_damaged_pointer_means_not_there(settings: Config, content: str) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     index.image_pointer(settings, base).write_text(content)
     (base / "bin/firecracker.json").write_text(content)
@@ -139,14 +139,14 @@ def test_a_damaged_pointer_means_not_there(settings: Config, content: str) -> No
 
 
 def test_a_changed_binary_is_not_the_one_that_was_chosen(settings: Config) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     (base / "bin/abc/firecracker").write_text("another build")
     assert index.firecracker(settings, base) is None
 
 
 def test_another_binary_in_the_settings_means_choose_again(settings: Config, tmp_path: Path) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     assert index.firecracker(structs.replace(settings, firecracker="/usr/bin/true"), base) is None
     link = tmp_path / "link"
@@ -168,7 +168,7 @@ def test_the_systems_assets_are_shared_part_by_part(settings: Config, tmp_path: 
 
 
 def test_assets_survive_json(settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    populate(settings.base_dir, settings)
+    populate(Path(settings.base_dir), settings)
     found = setup.find(settings, Layout(settings.base_dir))
     told = tmp_path / "assets.json"
     told.write_text(found.to_json())
@@ -180,7 +180,7 @@ def test_assets_survive_json(settings: Config, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_kata_profile_has_its_own_kernel_and_initrd(settings: Config) -> None:
-    base = settings.base_dir
+    base = Path(settings.base_dir)
     populate(base, settings)
     kata = structs.replace(settings, kernel_profile="kata", kernel_url="http://h/k.tar.zst", kernel_sha256="a" * 64)
     with pytest.raises(SetupError, match="kata kernel"):

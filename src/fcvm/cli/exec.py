@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     )
     try:
         end = sessions.stream(
-            context.layout.vms / vm.id,
+            os.path.join(context.layout.place("vms"), vm.id),
             request,
             stdin=0 if args.interactive else None,
             on_output=session.to_descriptors(1, 2),

@@ -77,7 +77,7 @@ def _describe(context: Context) -> dict[str, Any]:
     from fcvm.machine import state
     from fcvm.machine.state import Places
 
-    places = Places.of(context.config.base_dir)
+    places = Places.of(context.layout.base)
     now = state.read(places)
     try:
         disk = places.disk.stat()
@@ -155,7 +155,7 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
 def _logs(args: argparse.Namespace, context: Context) -> int:
     from fcvm.machine.state import Places, previous
 
-    places = Places.of(context.config.base_dir)
+    places = Places.of(context.layout.base)
     paths = [places.log, places.console]
     found = [path for path in (map(previous, paths) if args.previous else paths) if path.exists()]
     if not found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
@@ -143,7 +142,7 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
     from fcvm.images import resolve
 
-    further = Layout(Path(context.config.further_images)) if context.config.further_images else None
+    further = Layout(context.config.further_images) if context.config.further_images else None
     image = resolve.ensure(args.words[0], pull=args.pull, layout=context.layout, further=further)
     use = ImageUse(reference=image.reference, id=image.id, digest=image.digest, path=str(image.path))
     args.spec = RunSpec(image=use, **draft).to_json()

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from fcvm import config
 from fcvm.errors import NotFoundError, UsageError
@@ -55,7 +54,8 @@ def env_file(path: str) -> dict[str, str]:
         NotFoundError: it cannot be read. UsageError: a line is wrong; the message names it.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        with open(path) as file:
+            lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise NotFoundError(
             f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}.", hint=f"ls -l {path}"

@@ -7,24 +7,24 @@ functions reach the socket through a descriptor of its directory, ``/proc/self/f
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def short_path(path: Path) -> Iterator[str]:
+def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """A name for ``path`` that fits ``sun_path``, valid inside the block."""
     if len(os.fsencode(path)) < 100:
-        yield str(path)
+        yield os.fspath(path)
         return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    parent, name = os.path.split(path)
+    directory = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
+        yield f"/proc/self/fd/{directory}/{name}"
     finally:
         os.close(directory)
 
 
-def connect(path: Path, *, timeout: float | None = None) -> socket.socket:
+def connect(path: str | os.PathLike[str], *, timeout: float | None = None) -> socket.socket:
     """A stream socket connected to ``path``; ``timeout`` in seconds stays set on it. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -37,9 +37,10 @@ def connect(path: Path, *, timeout: float | None = None) -> socket.socket:
     return sock
 
 
-def listen(path: Path, *, backlog: int = 128, mode: int = 0o600) -> socket.socket:
+def listen(path: str | os.PathLike[str], *, backlog: int = 128, mode: int = 0o600) -> socket.socket:
     """A listening stream socket at ``path``; a stale socket there is replaced. Raises OSError."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with short_path(path) as name:

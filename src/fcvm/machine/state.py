@@ -36,7 +36,7 @@ class Places(Struct):
     @classmethod
     def of(cls, base: Path) -> Places:
         name = hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:8]
-        return cls(base, settings.default_runtime_dir() / f"machine-{name}")
+        return cls(base, Path(settings.default_runtime_dir(), f"machine-{name}"))
 
     @property
     def directory(self) -> Path:

@@ -10,6 +10,7 @@ next command (``sweep``).
 """
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,7 +115,7 @@ def _vms() -> bool:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    with locked(default_runtime_dir() / "firewall.lock"):
+    with locked(os.path.join(default_runtime_dir(), "firewall.lock")):
         yield
 
 

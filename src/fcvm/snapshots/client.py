@@ -7,6 +7,7 @@ server is given, so nothing is copied through this process. It counts millisecon
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 
@@ -111,7 +112,7 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
     from fcvm.vm import sessions
 
     with contextlib.closing(Clone(layout, pid, wanted)) as clone:
-        directory = layout.base / "vms" / clone.started()["id"]
+        directory = os.path.join(layout.root, "vms", clone.started()["id"])
         try:
             end = sessions.stream(
                 directory,

@@ -22,7 +22,6 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from fcvm.errors import ConflictError, FcvmError, NotFoundError
 from fcvm.linux import sockets
@@ -30,6 +29,7 @@ from fcvm.storage.layout import Layout, locked, remove
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
 SOCKET = "server.sock"
@@ -135,7 +135,7 @@ def connect(layout: Layout, pid: int, request: dict[str, Any], fds: Sequence[int
         NotFoundError: there is no such server.
     """
     try:
-        connection = sockets.connect(layout.base / "servers" / str(pid) / SOCKET)
+        connection = sockets.connect(os.path.join(layout.root, "servers", str(pid), SOCKET))
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         raise NotFoundError(f"There is no clone server with pid {pid}.", hint="fcvm snapshot ls") from error
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
-from pathlib import Path
 
 from fcvm.agent import session, vsock
 from fcvm.vm import paths
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def stream(directory: Path, request: session.Request | session.Resume, **options: Any) -> session.Exit:
+def stream(directory: str | os.PathLike[str], request: session.Request | session.Resume, **options: Any) -> session.Exit:
     """Run a session in the VM of ``directory`` to its end, over any snapshot that is taken meanwhile.
 
     Arguments and errors are those of ``fcvm.agent.session.stream``.
     """
-    uds = directory / paths.VSOCK
+    uds = os.path.join(directory, paths.VSOCK)
     connect = partial(vsock.connect, uds, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
     return session.stream(connect, request, resets=vsock.Resets(uds), **options)

@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from fc_agent.structs import Struct, asdict, field, replace
 from fcvm.errors import ConflictError, NotFoundError, UsageError
@@ -108,7 +107,7 @@ def register(layout: Layout, record: Record) -> Registration:
     Raises:
         ConflictError: its name is that of another VM.
     """
-    with locked(layout.state / ".register.lock"):
+    with locked(os.path.join(layout.place("state"), ".register.lock")):
         for other in records(layout):
             if other.name == record.name:
                 verb = "running" if is_alive(layout, other.id) else "kept"
@@ -116,7 +115,7 @@ def register(layout: Layout, record: Record) -> Registration:
                     f"A VM named {record.name!r} exists already ({verb}).",
                     hint=f"fcvm {'stop' if verb == 'running' else 'rm'} {record.name}",
                 )
-        lock = os.open(_lock_path(layout, record.id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(_path(layout, record.id, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         write(layout, record)
     return Registration(layout, record, lock)
@@ -124,16 +123,17 @@ def register(layout: Layout, record: Record) -> Registration:
 
 def write(layout: Layout, record: Record) -> None:
     """Put ``record`` on disk, replacing the one before in one step."""
-    path = layout.state / f"{record.id}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record)))
-    os.replace(temporary, path)
+    temporary = _path(layout, record.id, "tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(asdict(record)))
+    os.replace(temporary, _path(layout, record.id, "json"))
 
 
 def read(layout: Layout, vm_id: str) -> Record | None:
     """The record of ``vm_id``; None when it is gone or from another schema."""
     try:
-        values = json.loads((layout.state / f"{vm_id}.json").read_text())
+        with open(_path(layout, vm_id, "json")) as file:
+            values = json.load(file)
         return Record(**values) if values.get("schema") == SCHEMA else None
     except (OSError, ValueError, TypeError):
         return None
@@ -141,14 +141,14 @@ def read(layout: Layout, vm_id: str) -> Record | None:
 
 def records(layout: Layout) -> Iterator[Record]:
     """All VMs, the oldest first."""
-    found = [record for path in layout.state.glob("*.json") if (record := read(layout, path.stem))]
+    found = [record for vm_id in _ids(layout, "json") if (record := read(layout, vm_id))]
     yield from sorted(found, key=lambda record: record.created_at)
 
 
 def is_alive(layout: Layout, vm_id: str) -> bool:
     """Whether its supervisor lives: asked of the kernel through the lock it holds."""
     try:
-        fd = os.open(_lock_path(layout, vm_id), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(_path(layout, vm_id, "lock"), os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -184,10 +184,9 @@ def sweep(layout: Layout) -> list[str]:
     files, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings.
     """
     names = []
-    with contextlib.suppress(FileNotFoundError), locked(layout.state / ".register.lock"):
+    with contextlib.suppress(FileNotFoundError), locked(os.path.join(layout.place("state"), ".register.lock")):
         known = {record.id: record for record in records(layout)}
-        directories = {path.name for path in layout.vms.iterdir()}
-        for vm_id in known.keys() | directories | {path.stem for path in layout.state.glob("*.lock")}:
+        for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
             record = known.get(vm_id)
             if vm_id.startswith(".") or is_alive(layout, vm_id):
                 continue
@@ -203,11 +202,15 @@ def sweep(layout: Layout) -> list[str]:
 
 def forget(layout: Layout, vm_id: str) -> None:
     """Remove a dead VM's directory, record and lock."""
-    remove(layout.vms / vm_id)
-    (layout.state / f"{vm_id}.json").unlink(missing_ok=True)
-    (layout.state / f"{vm_id}.tmp").unlink(missing_ok=True)
-    _lock_path(layout, vm_id).unlink(missing_ok=True)
+    remove(os.path.join(layout.place("vms"), vm_id))
+    for kind in ("json", "tmp", "lock"):
+        remove(_path(layout, vm_id, kind))
 
 
-def _lock_path(layout: Layout, vm_id: str) -> Path:
-    return layout.state / f"{vm_id}.lock"
+def _path(layout: Layout, vm_id: str, kind: str) -> str:
+    return os.path.join(layout.place("state"), f"{vm_id}.{kind}")
+
+
+def _ids(layout: Layout, kind: str) -> list[str]:
+    """Those that have a file of this kind."""
+    return [name.removesuffix(f".{kind}") for name in os.listdir(layout.place("state")) if name.endswith(f".{kind}")]
