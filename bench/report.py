@@ -106,6 +106,19 @@ def memory(results: dict[str, Results]) -> str:
     return "\n".join(rows) + "\n\n![Memory of clones](performance-memory.png)\n"
 
 
+def start(results: dict[str, Results]) -> str:
+    """What a command costs before it does anything."""
+    found = find(results, "start", ("commands",))
+    target = find(results, "start", ("target_beyond_ms",))
+    if not found:
+        return ""
+    rows = ["| command | ms | beyond the interpreter, ms | of it CPU, ms | target |", "| --- | ---: | ---: | ---: | --- |"]
+    for title, v in found.items():
+        met = f"{target:g}{'' if v['beyond_ms'] <= target else ', missed'}" if v["target"] else ""
+        rows.append(f"| {title} | {v['ms']:.1f} | {v['beyond_ms']:.1f} | {v['cpu_beyond_ms']:.1f} | {met} |")
+    return "\n".join(rows) + "\n"
+
+
 def machine(results: dict[str, Results]) -> str:
     """What it was measured on."""
     rows = []
@@ -121,6 +134,7 @@ def machine(results: dict[str, Results]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Results]], str], tuple[str, ...]]] = {
     "measured on": ("Measured on", machine, ("clones",)),
+    "start": ("The start of a command", start, ("start",)),
     "clones": ("Clones", clones, ("clones", "guests")),
     "restore": ("Where memory comes from", restore, ("clones",)),
     "memory": ("Memory", memory, ("guests",)),

@@ -2,7 +2,7 @@
 
     python -m bench.start [--rounds N] [--json FILE]
 
-Target: the interpreter's start plus at most 30 ms. The installed ``fcvm`` is run as a user runs it, its modules compiled. What
+Target, for `--help`, `ls` and `exec`: the interpreter's start plus at most 30 ms. The installed ``fcvm`` is run as a user runs it, its modules compiled. What
 it talks to is a thread here that answers at once: the guest of `exec`, the clone server of `snapshot run` and the machine of a
 forwarded command, so what is measured is our side: finding the other, connecting, the session's frames, the exit code.
 """
@@ -36,6 +36,7 @@ from fcvm.vm import paths, state
 
 TARGET = 30.0  # ms beyond the interpreter
 ID = "0123456789ab"
+BOUND = ("fcvm --help", "fcvm ls", "fcvm exec")
 FCVM = str(Path(sys.executable).with_name("fcvm"))
 
 
@@ -157,8 +158,9 @@ def main() -> None:
     results = {}
     for title, values in taken.items():
         wall, cpu = medians(values)
-        results[title] = {"ms": wall, "beyond_ms": wall - least, "cpu_ms": cpu, "cpu_beyond_ms": cpu - least_cpu}
-        late = "  over 30 ms" if wall - least > TARGET else ""
+        bound = title in BOUND
+        results[title] = {"ms": wall, "beyond_ms": wall - least, "cpu_beyond_ms": cpu - least_cpu, "target": bound}
+        late = f"  over {TARGET:g} ms" if bound and wall - least > TARGET else ""
         print(f"{title:<26} {wall:10.1f} {wall - least:24.1f} {cpu:9.1f} {cpu - least_cpu:8.1f}{late}")
     if args.json:
         args.json.write_text(json.dumps({"commands": results, "target_beyond_ms": TARGET}, indent=1) + "\n")

@@ -5,8 +5,8 @@ import importlib
 import os
 import signal
 import socket
+import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +66,7 @@ class Agent:
             try:
                 self._on_message(message)
             except Exception as error:
-                traceback.print_exc()
+                sys.excepthook(*sys.exc_info())  # as traceback.print_exc, which is slow to import
                 self._control.tell({"type": "error", "message": f"{type(error).__name__}: {error}"})
 
     def _on_message(self, message: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Agent:
         except (OSError, PodmanError, ProtocolError) as error:
             code, oom, message = 125, False, f"The guest agent failed: {error}"
         except Exception as error:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             code, oom, message = 125, False, f"The guest agent failed: {error!r}"
         ended = {"code": code, "oom": oom, **({"message": message} if message else {})}
         self._control.tell({"type": "exit", **ended}, phase="exited", health="stopped", exit=ended)

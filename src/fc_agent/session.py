@@ -19,7 +19,6 @@ import sys
 import termios
 import threading
 import time
-import traceback
 from collections import deque
 from typing import Any
 
@@ -322,7 +321,7 @@ class Server:
         try:
             session.run()
         except Exception:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())  # as traceback.print_exc, which is slow to import
         finally:
             with self._lock:
                 if self._sessions.get(session.identifier) is session:
@@ -341,7 +340,7 @@ class Server:
         except (OSError, ChannelError):
             connection.close()
         except Exception as error:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             with contextlib.suppress(OSError):
                 wire.send_line(connection, {"error": {"message": f"The agent failed: {error!r}.", "code": 125}})
             connection.close()

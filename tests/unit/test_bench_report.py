@@ -24,10 +24,15 @@ def test_tables_and_plots_are_made_and_made_again(tmp_path: Path) -> None:
         "restore to first answer": {"warm": {"file": {"ms": 1, "ratio": 1}, "uffd": {"ms": 2, "ratio": 2}}},
     }
     (results / "clones.json").write_text(json.dumps(found))
+    costs = {"ms": 50.0, "beyond_ms": 31.0, "cpu_beyond_ms": 28.0}
+    commands = {"fcvm ls": {**costs, "target": True}, "fcvm snapshot run": {**costs, "target": False}}
+    (results / "start.json").write_text(json.dumps({"commands": commands, "target_beyond_ms": 30.0}))
     report.main(["--results", str(results), "--docs", str(docs)])
     page = (docs / "performance.md").read_text()
     assert "| pooled clone, request to resumed (native) | 0.50 | 0.80 | 1.60 | 3 |" in page
     assert "| 2.00 | 1.3, missed |" in page
+    assert "| fcvm ls | 50.0 | 31.0 | 28.0 | 30, missed |" in page
+    assert "| fcvm snapshot run | 50.0 | 31.0 | 28.0 |  |" in page
     assert "<!-- memory -->" not in page
     assert (docs / "performance-clones.png").stat().st_size > 1000
 

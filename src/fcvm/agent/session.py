@@ -19,7 +19,6 @@ from types import FrameType
 
 from fc_agent import channel as wire
 from fc_agent.channel import Channel, ChannelError
-from fcvm.agent import terminal as tty
 from fcvm.agent.vsock import Resets
 from fcvm.errors import AgentError
 
@@ -385,8 +384,11 @@ def stream(
         AgentError: the server is gone, or does not speak the protocol.
         OSError: the first ``connect`` failed; BrokenPipeError and the like from ``on_output``: the process is hung up.
     """
-    if terminal is not None and isinstance(request, Request):
-        request.rows, request.columns = tty.size(terminal)
+    if terminal is not None:
+        from fcvm.agent import terminal as tty
+
+        if isinstance(request, Request):
+            request.rows, request.columns = tty.size(terminal)
     client = Client(
         connect, request, stdin=stdin, on_output=on_output, on_started=on_started, give_up=give_up, resets=resets
     )
