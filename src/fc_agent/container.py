@@ -46,10 +46,9 @@ class Container:
             service.request("POST", f"/containers/{self.id}/init")
         except PodmanError as error:
             raise StartError(explain(error.message), start_code(error.message)) from error
-        self.directory = f"{podman.STORAGE}/overlay-containers/{self.id}/userdata"
-        run = f"{podman.RUN}/overlay-containers/{self.id}/userdata"
-        self.pid = _read_number(f"{run}/pidfile")
-        self._conmon = os.pidfd_open(_read_number(f"{run}/conmon.pid"))
+        self.directory = f"{podman.RUN}/overlay-containers/{self.id}/userdata"
+        self.pid = _read_number(f"{self.directory}/pidfile")
+        self._conmon = os.pidfd_open(_read_number(f"{self.directory}/conmon.pid"))
         self._pidfd = os.pidfd_open(self.pid)
         self._events = linux.inotify(f"{EXITS}/{self.id}", linux.IN_CREATE | linux.IN_MOVED_TO)
         self.attached = Attached(self.directory, self.pid, tty=plan.tty, stdin=plan.stdin)

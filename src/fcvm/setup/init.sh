@@ -45,11 +45,16 @@ step "modules loaded"
 
 disk /dev/vda
 /bin/busybox mount -t erofs -o ro,noatime /dev/vda /lower || fail "cannot mount the root image /dev/vda"
+# Firecracker's block device takes one segment a request, and a request costs more than what it carries: ask for much at
+# a time, and have the 45 MB that Podman starts from read while this CPU does the rest. Emulated: 3000 requests to 1800.
+echo 2048 >/sys/block/vda/queue/read_ahead_kb
+[ "$role" != vm ] || /bin/busybox cat /lower/usr/bin/podman >/dev/null &
 
 case $role in
 vm)
     disk /dev/vdb
-    /bin/busybox mount -t ext4 -o rw,noatime /dev/vdb /scratch || fail "cannot mount the scratch disk /dev/vdb"
+    # noinit_itable: nobody needs inode tables zeroed on a disk that ends with its VM; it took 3000 writes in the background
+    /bin/busybox mount -t ext4 -o rw,noatime,noinit_itable /dev/vdb /scratch || fail "cannot mount the scratch disk /dev/vdb"
     ;;
 machine)
     /bin/busybox mount -t tmpfs -o mode=755 tmpfs /scratch || fail "cannot mount a tmpfs"
