@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fc_agent import exec as runtime
-from fc_agent import identity, linux, nested, process, sockets, volumes
+from fc_agent import identity, linux, nested, process, sockets, volumes, vsock
 from fc_agent.container import Container, StartError
 from fc_agent.control import Connect, Control, connect_vsock
 from fc_agent.health import Monitor
@@ -27,10 +27,7 @@ LATER = ("http.client", "fuse_pipe.relay")  # modules that are imported when the
 
 def listen_vsock() -> socket.socket:
     """Where the host's clients of sessions connect."""
-    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    listener.bind((socket.VMADDR_CID_ANY, SESSION_PORT))
-    listener.listen(256)
-    return listener
+    return vsock.listen(SESSION_PORT)
 
 
 class Agent:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fc_agent import linux
+from fc_agent import linux, vsock
 from fc_agent.protocol import CONTROL_PORT, MAX_LINE, PROTOCOL
 
 VERSION = "0.1.0"
@@ -23,13 +23,7 @@ Connect = Callable[[], socket.socket]
 
 def connect_vsock() -> socket.socket:
     """A connection to the host's supervisor of this VM."""
-    connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    try:
-        connection.connect((socket.VMADDR_CID_HOST, CONTROL_PORT))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return vsock.connect(CONTROL_PORT)
 
 
 class Control:

@@ -1,11 +1,12 @@
 """Host directories and files in the guest: the kernel's FUSE messages, relayed to the host over vsock (``fuse_pipe``)."""
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable
 
-from fc_agent import linux
+from fc_agent import linux, vsock
 from fc_agent.container import VOLUMES
 from fc_agent.protocol import VolumePlan
 
@@ -53,13 +54,4 @@ def _make(path: str, *, file: bool) -> None:
 
 
 def _connector(port: int) -> Callable[[], socket.socket]:
-    def connect() -> socket.socket:
-        connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-        try:
-            connection.connect((socket.VMADDR_CID_HOST, port))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    return connect
+    return functools.partial(vsock.connect, port)
