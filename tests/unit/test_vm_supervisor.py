@@ -1,15 +1,18 @@
 """A VM's supervisor without a VM: what happens when it cannot even start."""
 
+import contextlib
 import os
+import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fcvm import config as settings
-from fcvm.errors import ConflictError, FcvmError
+from fcvm.errors import AgentError, ConflictError, FcvmError
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, state
+from fcvm.vm import background, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
 from fcvm.vm.start import Boot
 from fcvm.vm.supervisor import Supervisor
@@ -42,6 +45,27 @@ def test_streams_may_wait_for_a_vm_that_does_not_start(refused: Supervisor) -> N
         refused.run()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_a_vm_whose_streams_break_ends_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its container would wait for ever to be read."""
+    spec = RunSpec(name="mute", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    vm = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), Boot(None))  # type: ignore[arg-type]
+    monkeypatch.setattr(supervisor, "STREAMS_MARGIN", 0.05)
+    with contextlib.ExitStack() as stack:
+        quiet = [stack.enter_context(socket.socket()) for _ in range(3)]  # nobody writes to these
+        for one in quiet:
+            one.listen()
+        vm.firecracker = SimpleNamespace(  # type: ignore[assignment]
+            pidfd=quiet[0].fileno(), console=SimpleNamespace(quote=lambda: " (console)")
+        )
+        vm.control, vm._requests, vm.network = quiet[1], quiet[2], SimpleNamespace(watch=[])  # type: ignore[assignment]
+        vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
+        vm._phase = "running"
+        vm._attachable.set()
+        vm.carry_streams()  # there is no vsock device
+        with pytest.raises(AgentError, match=r"cannot be read any more: .*No such file.* \(console\)"):
+            vm._loop()
 
 
 def test_the_background_tells_what_has_failed() -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
+STREAMS_MARGIN = 10.0  # seconds in which what has broken the container's streams may say more of itself, as Firecracker's end does
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
 
@@ -117,7 +118,12 @@ class Supervisor:
             if self._phase == "running":
                 main = session.Resume("main", on_resumed=lambda seen: self._start.resumed(self, seen))
                 sessions.stream(
-                    self.directory, main, stdin=stdin, on_output=self.output.write, terminal=terminal
+                    self.directory,
+                    main,
+                    stdin=stdin,
+                    on_output=self.output.write,
+                    terminal=terminal,
+                    give_up=lambda error, since: isinstance(error, FileNotFoundError | ConnectionRefusedError),
                 )
         except (AgentError, OSError) as error:
             if isinstance(error, BrokenPipeError) and self.output.closed:
@@ -252,6 +258,9 @@ class Supervisor:
         if self._exit is not None:  # stopped, but somebody does not read our output
             self._streams_ended = True
             return
+        if self._streams_broke is not None and not self._stop_sent:
+            reason = str(self._streams_broke).removesuffix(".")
+            raise AgentError(f"The container's output cannot be read any more: {reason}.{self.firecracker.console.quote()}")
         if self._stop_sent:  # and not obeyed
             self._kill()
             return
@@ -404,6 +413,8 @@ class Supervisor:
         os.eventfd_read(self._asked)
         while self._asks:
             self._carry_out(self._asks.pop(0))
+        if self._streams_broke is not None and self._exit is None and self._deadline is None:
+            self._deadline = time.monotonic() + STREAMS_MARGIN
 
     def _on_request(self) -> None:
         connection, _ = self._requests.accept()
