@@ -16,6 +16,7 @@ from fcvm.machine.ports import Ports
 from fcvm.machine.qmp import Monitor
 from fcvm.network.ports import reserve
 from fcvm.network.publish import Publish
+from fcvm.setup import index, kernel
 
 SPEC = qemu.Spec(
     cpus=3,
@@ -198,3 +199,12 @@ def test_a_dead_qemu_is_an_error() -> None:
     with pytest.raises(MachineError, match="ended"):
         monitor.execute("query-status")
     monitor.close()
+
+
+def test_the_machine_starts_its_cpus_by_itself_and_vms_do_not() -> None:
+    machine, vm = (kernel.boot_args(emulated=True, role=role, machine="x86_64").split() for role in ("machine", "vm"))
+    assert "maxcpus=1" in machine
+    assert "maxcpus=1" not in vm
+    assert "/sys/devices/system/cpu/cpu*/online" in index.INITRD_INIT.read_text()
+    told = {name: int(value) for name, _, value in (word.partition("=") for word in machine) if name in ("lpj", "tsc_early_khz")}
+    assert told["lpj"] == told["tsc_early_khz"] * 1000 // 250

@@ -153,11 +153,12 @@ class Keeper:
 
     def _finish_start(self) -> None:
         """Let the starter and those who wait behind it go on."""
-        if self._job.progress_fd >= 0:
-            os.close(self._job.progress_fd)
-            fcntl.flock(self._job.starting_fd, fcntl.LOCK_UN)
-            os.close(self._job.starting_fd)
-            self._job = replace(self._job, progress_fd=-1, starting_fd=-1)
+        progress, starting = self._job.progress_fd, self._job.starting_fd
+        self._job = replace(self._job, progress_fd=-1, starting_fd=-1)  # before a Stop can come in between
+        if progress >= 0:
+            os.close(progress)
+            fcntl.flock(starting, fcntl.LOCK_UN)
+            os.close(starting)
 
     @staticmethod
     def _say(text: str) -> None:

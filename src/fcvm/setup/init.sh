@@ -57,6 +57,10 @@ vm)
     /bin/busybox mount -t ext4 -o rw,noatime,noinit_itable /dev/vdb /scratch || fail "cannot mount the scratch disk /dev/vdb"
     ;;
 machine)
+    for cpu in /sys/devices/system/cpu/cpu*/online; do # see MACHINE in fcvm/setup/kernel.py
+        echo 1 >"$cpu"
+    done
+    step "all CPUs started"
     /bin/busybox mount -t tmpfs -o mode=755 tmpfs /scratch || fail "cannot mount a tmpfs"
     ;;
 *) fail "unknown fcvm.role=$role" ;;

@@ -11,6 +11,12 @@ COMMON = ("console=ttyS0", "panic=-1", "quiet", "mitigations=off", "cryptomgr.no
 X86 = ("reboot=k", "random.trust_cpu=on", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd")
 ARM = ("reboot=k", "keep_bootcon")
 VM = ("pci=off",)
+# The machine's other CPUs are started by its init once its PCI devices have their addresses: while one CPU of QEMU's changes
+# what is at which address, another one's access to a device can go to a wrong one. (What waited for QEMU's lock in the
+# middle of an access, do_st_mmio_leN in accel/tcg/cputlb.c, goes on with what was true before.) Seen: a write to a CPU's
+# timer that arrived at an MSI-X table, which ends QEMU by an assertion; timers that never rang. One start in twelve.
+MACHINE = ("maxcpus=1",)
+HZ = 250  # of Debian's kernels
 
 # Under emulation with a busy host CPU the kernel's calibration of the TSC against the PIT fails, and it hangs. QEMU's
 # emulated TSC is the host's, so its frequency can be told.
@@ -37,9 +43,11 @@ def boot_args(*, emulated: bool, role: str, nested: bool = False, nv2: bool = Fa
         machine: architecture as uname(2) says it; None for this host's.
     """
     x86 = (machine or os.uname().machine) == "x86_64"
-    words = [*COMMON, *(X86 if x86 else ARM), *(VM if role == "vm" else ())]
+    words = [*COMMON, *(X86 if x86 else ARM), *(VM if role == "vm" else MACHINE)]
     if emulated and x86:
         words += [f"tsc_early_khz={host.tsc_khz()}", *EMULATED, *(COARSE if nested else ())]
+        if role == "machine":  # or each CPU finds out by itself, in up to 1.4 s
+            words.append(f"lpj={host.tsc_khz() * 1000 // HZ}")
     if nv2 and not x86:
         words += NV2
     return " ".join([*words, f"fcvm.role={role}"])
