@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fc_agent import exec as runtime
-from fc_agent import identity, linux, nested, process, sockets, volumes, vsock
+from fc_agent import freezer, identity, linux, nested, process, sockets, volumes, vsock
 from fc_agent.container import Container, StartError
 from fc_agent.control import Connect, Control, connect_vsock
 from fc_agent.health import Monitor
@@ -72,6 +72,12 @@ class Agent:
             self._on_plan(Plan.from_json(message))
         elif kind == "restored":
             self._on_restored(Identity.from_json(message.get("identity")))
+        elif kind == "freeze":
+            complete = freezer.freeze()
+            self._control.tell({"type": "frozen", "complete": complete}, frozen=True)
+        elif kind == "thaw":
+            freezer.thaw()
+            self._control.tell({"type": "thawed"}, frozen=False)
         elif kind == "clock":
             now = identity.adjust_clock(int(message.get("adjust_ns", 0)))
             self._control.tell({"type": "clock", "sent_ns": message.get("sent_ns"), "now_ns": now})
@@ -115,7 +121,8 @@ class Agent:
         self._network = network
         if new.drop_sessions:
             self._server.abandon(keep=(MAIN,))
-        self._control.tell({"type": "ready"}, machine_id=new.machine_id)
+        freezer.thaw()
+        self._control.tell({"type": "ready"}, machine_id=new.machine_id, frozen=False)
 
     def _on_stop(self, timeout: float) -> None:
         with self._lock:
@@ -174,7 +181,9 @@ class Agent:
 
     def _launch(self, request: Request) -> Process:
         if request.target == "vm":
-            started = process.launch(request)
+            with freezer.starting():
+                started = process.launch(request)
+                freezer.adopt(started.pid)
             runtime.unprotect(started.pid)
             return started
         if request.target != "container":

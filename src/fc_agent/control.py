@@ -33,7 +33,7 @@ class Control:
         self._connect = connect
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
-        self._state: dict[str, Any] = {"phase": "waiting", "health": None, "exit": None}
+        self._state: dict[str, Any] = {"phase": "waiting", "health": None, "exit": None, "frozen": False}
         self._stages: list[dict[str, Any]] = []
 
     def stage(self, name: str, uptime: float | None = None) -> None:

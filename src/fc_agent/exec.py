@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from fc_agent import linux
+from fc_agent import freezer, linux
 from fc_agent.container import Container
 from fc_agent.failures import explain
 from fc_agent.process import LocalProcess, exit_code, kill_session, set_size
@@ -72,6 +72,10 @@ class ContainerProcess(LocalProcess):
 
         return read_unless_failed
 
+    def begun(self) -> bool:
+        """Whether crun has done its part: what it was to start runs, or has ended."""
+        return self._inner() is not None or bool(self._ended.poll(0))
+
     def _inner(self) -> int | None:
         """The process's id, once crun has started it."""
         try:
@@ -99,6 +103,7 @@ class ContainerProcess(LocalProcess):
         return code, None
 
     def close(self) -> None:
+        freezer.forget(self.begun)
         super().close()
         for suffix in ("json", "pid", "log"):
             with contextlib.suppress(OSError):
@@ -113,6 +118,13 @@ def launch(container: Container, request: Request) -> ContainerProcess:
     """
     if not request.argv:
         raise LaunchError("No command is given.")
+    with freezer.starting():
+        started = _start(container, request)
+        freezer.expect(started.begun)
+    return started
+
+
+def _start(container: Container, request: Request) -> ContainerProcess:
     os.makedirs(DIRECTORY, exist_ok=True)
     base = f"{DIRECTORY}/{os.urandom(8).hex()}"
     with open(f"{base}.json", "w") as file:

@@ -167,7 +167,7 @@ class Identity(Message):
         entropy: random bytes of the host, base64; see ``seed``.
         wall_clock_ns: the host's CLOCK_REALTIME when the message was sent; 0 to leave the guest's clock alone.
         network: a network that differs from the snapshot's; None: only its caches are stale.
-        drop_sessions: hang up exec sessions: their clients belong to the VM that the snapshot was taken of.
+        drop_sessions: kill exec sessions: their clients belong to the VM that the snapshot was taken of.
     """
 
     hostname: str

@@ -70,10 +70,11 @@ class Session:
         return True
 
     def abandon(self) -> None:
-        """End the session as if its client were gone and its grace over."""
+        """Kill the process at once, and end the session: in a clone they are what another VM's client has started."""
         with self._lock:
             if self._arrivals is not None:
                 self._abandoned = True
+                self._process.kill()
                 os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
@@ -311,7 +312,7 @@ class Server:
         return session
 
     def abandon(self, *, keep: tuple[str, ...] = ()) -> None:
-        """Hang up every session but those named: their clients are known not to come back."""
+        """End every session but those named: their clients are known not to come back."""
         with self._lock:
             sessions = [s for s in self._sessions.values() if s.identifier not in keep]
         for session in sessions:

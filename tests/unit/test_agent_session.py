@@ -358,6 +358,24 @@ def test_an_abandoned_session_is_hung_up_then_killed(tmp_path: Path) -> None:
         place.close()
 
 
+def test_sessions_of_another_vm_are_killed_at_once(tmp_path: Path) -> None:
+    place = Place(tmp_path / "s", grace=None)
+    try:
+        connection = place.connect()
+        script = f"trap 'echo hup > {tmp_path}/hup' HUP; echo begun; while :; do sleep 0.05; done"
+        session.wire.send_line(connection, {"open": vars(shell(script))})
+        answer, rest = session.wire.read_line(connection)
+        while b"begun" not in rest:
+            rest += connection.recv(1000)
+        place.server.abandon()
+        assert place.launched[0].popen.wait(60) == -signal.SIGKILL
+        assert not (tmp_path / "hup").exists(), "none of it has run on"
+        wait_until(lambda: is_gone(place, str(answer["session"])))
+        connection.close()
+    finally:
+        place.close()
+
+
 def is_gone(place: Place, identifier: str) -> bool:
     with contextlib.suppress(AgentError):  # it was just about to end
         return stream(place.connect, Resume(identifier), stdin=None, on_output=Collector()).code == 125

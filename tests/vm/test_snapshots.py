@@ -7,8 +7,10 @@ import contextlib
 import json
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -291,3 +293,88 @@ def test_example_memory_sharing(baseline: str) -> None:
 def test_example_scale_out() -> None:
     out = example("scale-out", "--count", "6", "--port", "18101")
     assert "6 of them have answered" in out
+
+
+# ---- what a clone does not share with the VM that its snapshot is of
+
+# As fast as a shell can: who it is, and a random number; beside it a connection to the host, until that ends.
+RESTLESS = """
+(nc host.containers.internal PORT >/tmp/heard; echo ended >/tmp/ended) &
+while :; do read name </proc/sys/kernel/hostname; read uuid </proc/sys/kernel/random/uuid; echo $name $uuid; done >/tmp/lines
+"""
+
+
+@pytest.fixture(scope="module")
+def talker() -> Iterator[int]:
+    """The port of a server on the host's loopback that says something to each client again and again."""
+
+    def talk(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b".")
+                time.sleep(0.2)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=listener.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pair(talker: int) -> Iterator[tuple[str, list[str]]]:
+    """A source whose snapshot was taken while all kinds of things went on in it, and two clones."""
+    source, tag, names = name(), name(), [name(), name()]
+    script = RESTLESS.replace("PORT", str(talker))
+    ok("podman", "run", "-d", "--name", source, "--forward-localhost", str(talker), DEMO, "--", "sh", "-c", script)
+    try:
+        wait(lambda: fcvm("exec", source, "--", "test", "-s", "/tmp/heard").returncode == 0)
+        with contextlib.ExitStack() as stack:
+            for place in ([], ["--vm"]):
+                process = stack.enter_context(running("exec", source, *place, "--", "sh", "-c", "echo begun; sleep 4711"))
+                assert line(process) == b"begun"
+            ok("snapshot", "create", source, "--tag", tag)
+            for clone in names:
+                stack.enter_context(running("snapshot", "run", "--snapshot", tag, "--name", clone))
+            for clone in names:
+                wait(lambda clone=clone: (vm(clone) or {}).get("status") == "running")
+            yield source, names
+            for clone in names:
+                ok("stop", "-t", "0", clone)
+    finally:
+        fcvm("stop", "-t", "0", source)
+        fcvm("snapshots", "rm", tag)
+
+
+def test_nothing_runs_in_a_clone_before_it_is_itself(pair: tuple[str, list[str]]) -> None:
+    source, names = pair
+    first, second = (ok("exec", clone, "--", "cat", "/tmp/lines").decode().splitlines()[:-1] for clone in names)
+    common = next(n for n, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    assert common > 0
+    for clone, lines in zip(names, (first, second), strict=True):
+        assert {entry.split()[0] for entry in lines[:common]} == {source}
+        strangers = [entry for entry in lines[common:] if entry.split()[0] != clone]
+        assert len(strangers) <= 1, "at most the line that was being written"
+        assert len(lines) > common + 10
+    assert not {entry.split()[1] for entry in first[common:]} & {entry.split()[1] for entry in second[common:]}
+
+
+def test_connections_end_in_a_clone_and_go_on_in_the_source(pair: tuple[str, list[str]]) -> None:
+    source, names = pair
+    for clone in names:
+        wait(lambda clone=clone: fcvm("exec", clone, "--", "test", "-e", "/tmp/ended").returncode == 0)
+    heard = len(ok("exec", source, "--", "cat", "/tmp/heard"))
+    wait(lambda: len(ok("exec", source, "--", "cat", "/tmp/heard")) > heard)
+    assert fcvm("exec", source, "--", "test", "-e", "/tmp/ended").returncode == 1
+
+
+def test_sessions_of_the_source_are_not_in_a_clone(pair: tuple[str, list[str]]) -> None:
+    source, names = pair
+    sleeping = "ps -o args | grep -c '[s]leep 4711'"
+    for clone in names:
+        assert ok("exec", clone, "--", "sh", "-c", f"{sleeping}; true").strip() == b"0"
+        assert ok("exec", clone, "--vm", "--", "sh", "-c", f"busybox {sleeping}; true").strip() == b"0"
+    assert int(ok("exec", source, "--", "sh", "-c", sleeping)) > 0

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from fc_agent.structs import Struct
@@ -64,6 +65,7 @@ def take(
     manifest: Manifest,
     volumes: SaveVolumes = list,
     *,
+    still: AbstractContextManager[None] | None = None,
     fill: Callable[[Path], None] = lambda directory: None,
 ) -> Timings:
     """Take and publish the snapshot ``tag`` of a running VM, which goes on, whatever happens here.
@@ -71,13 +73,14 @@ def take(
     Arguments:
         manifest: what it is of.
         volumes: gives the state of its mapped host directories, while it stands still.
+        still: entered before it is paused, left when it runs again.
         fill: puts more files into the snapshot's directory, once the VM runs again and before it is published.
 
     Raises:
         ConflictError: the tag is taken. Those of ``create``.
     """
     with store.creating(layout, tag) as destination:
-        timings = create(vmm, vmm.directory, destination, volumes)
+        timings = create(vmm, vmm.directory, destination, volumes, still=still)
         try:
             manifest.write(destination)
             fill(destination)
@@ -86,7 +89,14 @@ def take(
     return timings
 
 
-def create(vmm: Firecracker, directory: Path, destination: Path, volumes: SaveVolumes = list) -> Timings:
+def create(
+    vmm: Firecracker,
+    directory: Path,
+    destination: Path,
+    volumes: SaveVolumes = list,
+    *,
+    still: AbstractContextManager[None] | None = None,
+) -> Timings:
     """Put memory, device state, disk and volumes' state of the VM that runs in ``directory`` into ``destination``.
 
     The VM runs on afterwards, whatever happens here; after an error ``destination`` is incomplete and to be thrown
@@ -99,15 +109,16 @@ def create(vmm: Firecracker, directory: Path, destination: Path, volumes: SaveVo
         started = time.monotonic()
         kind = _prepare(directory, destination / store.MEMORY)
         begin = time.monotonic()
-        with paused(vmm):
-            frozen = time.monotonic()
-            _write(vmm, kind, directory, destination)
-            wrote = time.monotonic()
-            files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
-            cloned = time.monotonic()
-            states = volumes()
+        with still or contextlib.nullcontext():
+            with paused(vmm):
+                frozen = time.monotonic()
+                _write(vmm, kind, directory, destination)
+                wrote = time.monotonic()
+                files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
+                cloned = time.monotonic()
+                states = volumes()
+            vsock.announce_reset(directory / VSOCK)
         end = time.monotonic()
-        vsock.announce_reset(directory / VSOCK)
         (destination / store.VOLUMES).write_text(json.dumps(states) + "\n")
         if kind == "Full":
             holes.dig(destination / store.MEMORY)

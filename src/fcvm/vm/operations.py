@@ -67,7 +67,8 @@ def take(
         kind=kind,
         parent=vm.entry.record.snapshot,
     )
-    return create.take(vm.layout, tag, vm.firecracker, manifest, vm.volumes.save, fill=fill)
+    still = vm.freezing.frozen(vm.firecracker.pidfd)
+    return create.take(vm.layout, tag, vm.firecracker, manifest, vm.volumes.save, still=still, fill=fill)
 
 
 def _refuse_running_vms(vm: Supervisor) -> None:

@@ -34,6 +34,7 @@ from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
 from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, sessions, state, warm
 from fcvm.vm.clock import Clock
+from fcvm.vm.freezing import Freezing
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.timings import Timings
@@ -207,6 +208,7 @@ class Supervisor:
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
         self._clock = Clock(self.control.send, time.time_ns)
+        self.freezing = Freezing(self.control, self._on_control)
         self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
         self.firecracker: Firecracker = self._vmm.enter_context(self._start.firecracker(self))
@@ -336,6 +338,7 @@ class Supervisor:
 
     def _on_hello_message(self, message: dict[str, Any]) -> None:
         known = message.get("state", {})
+        self.freezing.hello(known, running=self._phase == "running")
         if known.get("phase") == "waiting":
             self.timings.mark("agent")
             if self._phase == "starting" and self._start.captures:
@@ -380,7 +383,13 @@ class Supervisor:
         if self._phase == "restored":
             self.timings.mark("identity")
             self._clock.was_set(self._restored_at)
+            self.freezing.thawed()
             self._run()
+
+    def _on_frozen_message(self, message: dict[str, Any]) -> None:
+        self.freezing.answered(message)
+
+    _on_thawed_message = _on_frozen_message
 
     def _on_clock_message(self, message: dict[str, Any]) -> None:
         self._clock.answered(message)
