@@ -16,9 +16,9 @@ from fcvm.storage.layout import Layout
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "build/bench"
-BENCHES = ("start", "run", "clones", "guests", "network", "volumes", "nested")
-WHERE_VMS_ARE = ("run", "guests")
-REPORTED = ("start", "run", "clones", "guests")
+BENCHES = ("start", "run", "clones", "guests", "network", "iperf", "volumes", "nested")
+WHERE_VMS_ARE = ("run", "guests", "iperf")
+REPORTED = ("start", "run", "clones", "guests", "iperf")
 
 
 def command(name: str, options: list[str]) -> list[str]:
@@ -52,9 +52,9 @@ def command(name: str, options: list[str]) -> list[str]:
 
 def prepare() -> None:
     """See that the example images are where VMs run."""
-    for name in ("demo", "nginx"):
+    for name, command in (("demo", ["true"]), ("nginx", ["busybox", "true"]), ("iperf", ["--version"])):
         subprocess.run([sys.executable, str(ROOT / "examples/build"), name], stdout=subprocess.DEVNULL, check=True)
-        once = ["podman", "run", "--no-snapshot", f"localhost/fcvm-{name}", "--", "busybox", "true"]
+        once = ["podman", "run", "--no-snapshot", f"localhost/fcvm-{name}", "--", *command]
         subprocess.run([sys.executable, "-m", "fcvm", *once], cwd=ROOT, check=True)
 
 

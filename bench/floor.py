@@ -45,13 +45,13 @@ def config(args: list[str]) -> bytes:
     ).encode()
 
 
-def initrd(assets: Assets, destination: Path, args: list[str]) -> None:
+def initrd(assets: Assets, destination: Path, args: list[str], script: str) -> None:
     """Ours with another end: the kernel unpacks concatenated archives, later files replace earlier ones."""
     init = (Path(host.__file__).parent / "setup/init.sh").read_text()
     head, _, _ = init.rpartition("exec /bin/busybox switch_root")
     head += "cp /floor.sh /config.json /root/run/fcvm/ || /bin/busybox cp /floor.sh /config.json /root/run/fcvm/\n"
     init = head + "exec /bin/busybox switch_root -c /dev/console /root /bin/sh /run/fcvm/floor.sh\n"
-    entries = [cpio.file("init", init.encode(), 0o755), cpio.file("floor.sh", SCRIPT.encode(), 0o755)]
+    entries = [cpio.file("init", init.encode(), 0o755), cpio.file("floor.sh", script.encode(), 0o755)]
     entries.append(cpio.file("config.json", config(args)))
     with open(destination, "wb") as file:
         data = assets.initrd.read_bytes()
@@ -59,13 +59,18 @@ def initrd(assets: Assets, destination: Path, args: list[str]) -> None:
         cpio.write(file, entries)
 
 
-def run(assets: Assets, layout: Layout, image: Path, directory: Path, *, cpu: int, memory: int) -> dict[str, float]:
-    """Boot once; seconds from the start to the container's first byte on the console, in stages."""
-    mark = "floor: first output"
+def furnish(assets: Assets, image: Path, directory: Path, args: list[str], script: str = SCRIPT) -> None:
+    """Put into ``directory`` what a VM boots from that runs ``script``; /run/bundle/config.json says to run ``args``."""
     link(assets.root_image, directory / boot.ROOT_DISK)
     link(assets.vmlinux, directory / boot.KERNEL)
     link(image, directory / boot.IMAGE_DISK)
-    initrd(assets, directory / boot.INITRD, ["echo", mark])
+    initrd(assets, directory / boot.INITRD, args, script)
+
+
+def run(assets: Assets, layout: Layout, image: Path, directory: Path, *, cpu: int, memory: int) -> dict[str, float]:
+    """Boot once; seconds from the start to the container's first byte on the console, in stages."""
+    mark = "floor: first output"
+    furnish(assets, image, directory, ["echo", mark])
     started = time.monotonic()
     disks.make_scratch(layout, 1024, directory / boot.SCRATCH_DISK)
     with Firecracker(assets.firecracker, directory, "floor") as vmm, inotify.Watch(directory, inotify.IN_MODIFY) as watch:

@@ -106,6 +106,21 @@ def memory(results: dict[str, Results]) -> str:
     return "\n".join(rows) + "\n\n![Memory of clones](performance-memory.png)\n"
 
 
+def throughput(results: dict[str, Results]) -> str:
+    """What the networks carry."""
+    found = find(results, "iperf", ("throughput",))
+    target = find(results, "iperf", ("target",))
+    if not found:
+        return ""
+    rows = ["| TCP by iperf3 | over | Mbit/s | beside | ratio | target |", "| --- | --- | ---: | --- | ---: | --- |"]
+    for way, sides in found.items():
+        for name, v in sides.items():
+            met = f"{target:g}{'' if v['ratio'] >= target else ', missed'}" if name == "bridged" else ""
+            beside = "" if v["of"] == name else f"{v['of']} | {v['ratio']:.2f}"
+            rows.append(f"| {way} | {name} | {v['megabits']:.0f} | {beside or ' | '} | {met} |")
+    return "\n".join(rows) + "\n"
+
+
 def start(results: dict[str, Results]) -> str:
     """What a command costs before it does anything."""
     found = find(results, "start", ("commands",))
@@ -138,6 +153,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Results]], str], tuple[str, .
     "clones": ("Clones", clones, ("clones", "guests")),
     "restore": ("Where memory comes from", restore, ("clones",)),
     "memory": ("Memory", memory, ("guests",)),
+    "throughput": ("Throughput", throughput, ("iperf",)),
 }
 
 

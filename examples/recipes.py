@@ -105,6 +105,11 @@ def redis_files() -> list[File]:
     ]
 
 
+def iperf_files() -> list[File]:
+    """Where a server of iperf3 finds what it writes to."""
+    return [*users(), *(directory(name) for name in ("run", "proc", "sys", "dev")), directory("tmp", 0o1777), directory("root", 0o700)]
+
+
 RECIPES = {
     "demo": Recipe(
         "localhost/fcvm-demo:latest",
@@ -143,5 +148,11 @@ RECIPES = {
                 "Interval": 2 * SECOND, "Timeout": 5 * SECOND, "StartPeriod": 30 * SECOND, "Retries": 3,
             },
         },
+    ),
+    "iperf": Recipe(
+        "localhost/fcvm-iperf:latest",
+        ("iperf3",),
+        iperf_files,
+        {"Env": [PATH], "Entrypoint": ["iperf3"], "Cmd": ["-s"], "ExposedPorts": {"5201/tcp": {}}},
     ),
 }  # fmt: skip

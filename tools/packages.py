@@ -47,6 +47,7 @@ GROUPS = {
         "fuse3",
         "gcc",
         "git",
+        "iperf3",
         "iptables",
         "libc6-dev",
         "libfuse3-dev",
