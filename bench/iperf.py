@@ -35,6 +35,7 @@ from fcvm.network.guest import MAC
 from fcvm.setup.kernel import boot_args
 from fcvm.storage import disks
 from fcvm.storage.layout import Layout, remove
+from fcvm.vm import state
 from fcvm.vm.spec import RunSpec
 
 TARGET = 0.95
@@ -42,6 +43,8 @@ PORT = 5201
 LINK = "fcvmbare0"
 HOST_SIDE, GUEST_SIDE = "172.31.251.1/30", "172.31.251.2/30"
 MODES = ("bridged", "rootless")
+
+Sides = dict[str, tuple[str, int]]  # address and port of each server
 
 BARE = f"""#!/bin/sh
 mkdir -p /run/images /run/rootfs /scratch/upper /scratch/work
@@ -114,14 +117,15 @@ def bare(settings: config.Config, layout: Layout) -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def vm(mode: str, layout: Layout) -> Iterator[tuple[str, int]]:
-    """A VM of ours that serves on a published port; in the machine too it is the one that was asked for."""
+def vm(mode: str, layout: Layout) -> Iterator[Sides]:
+    """A VM of ours that serves: at its own address, if the mode gives it one, and on a published port."""
     _, use = common.image(layout, "iperf")
     name = f"iperf-{mode}-{os.getpid()}"
-    port = PORT + 2 + MODES.index(mode)
+    port = PORT + 2 + MODES.index(mode)  # given, as in the machine a chosen one would be told for its host
     run(RunSpec(name=name, image=use, memory=512, network=mode, publish=[f"127.0.0.1:{port}:{PORT}"], detach=True))
     try:
-        yield "127.0.0.1", port
+        own = state.find(layout, name=name).network.get("host_ip")
+        yield {mode: (own, PORT), f"{mode}, published port": ("127.0.0.1", port)} if own else {mode: ("127.0.0.1", port)}
     finally:
         call("stop", "-t", "0", name)
 
@@ -174,8 +178,9 @@ def main() -> None:
     layout = Layout(settings.base_dir)
     rates: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
-        sides = {"bare tap": stack.enter_context(bare(settings, layout)), "slirp4netns alone": stack.enter_context(slirp())}
-        sides |= {mode: stack.enter_context(vm(mode, layout)) for mode in MODES}
+        sides: Sides = {"bare tap": stack.enter_context(bare(settings, layout)), "slirp4netns alone": stack.enter_context(slirp())}
+        for mode in MODES:
+            sides |= stack.enter_context(vm(mode, layout))
         for where in sides.values():
             wait_for(*where)
         for _ in range(rounds):
@@ -188,7 +193,7 @@ def main() -> None:
         way: {
             name: {
                 "megabits": round(statistics.median(values), 1),
-                "of": (floor_name := "bare tap" if name in ("bare tap", "bridged") else "slirp4netns alone"),
+                "of": (floor_name := "bare tap" if name.startswith(("bare tap", "bridged")) else "slirp4netns alone"),
                 "ratio": round(statistics.median(values) / statistics.median(sides_of[floor_name]), 3),
             }
             for name, values in sides_of.items()
