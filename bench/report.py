@@ -63,16 +63,19 @@ def find(results: dict[str, Results], bench: str, path: tuple[str, ...]) -> Resu
     return value
 
 
+def against(target: float, kept: bool) -> str:
+    """A target, and whether it was missed."""
+    return f"{target:g}{'' if kept else ', missed'}"
+
+
 def clones(results: dict[str, Results]) -> str:
     """Clones beside their floors."""
     rows = ["| what | floor, ms | fcvm, ms | ratio | target |", "| --- | ---: | ---: | ---: | --- |"]
     for title, bench, path, most in CLONES:
         found = find(results, bench, path)
         if found is not None:
-            kept = "" if found["ratio"] <= most else ", missed"
-            rows.append(
-                f"| {title} | {found['floor']['ms']:.2f} | {found['fcvm']['ms']:.2f} | {found['ratio']:.2f} | {most:.2g}{kept} |"
-            )
+            met = against(most, found["ratio"] <= most)
+            rows.append(f"| {title} | {found['floor']['ms']:.2f} | {found['fcvm']['ms']:.2f} | {found['ratio']:.2f} | {met} |")
     return "\n".join(rows) + "\n\n![Clones beside their floors](performance-clones.png)\n"
 
 
@@ -115,7 +118,7 @@ def throughput(results: dict[str, Results]) -> str:
     rows = ["| TCP by iperf3 | over | Mbit/s | beside | ratio | target |", "| --- | --- | ---: | --- | ---: | --- |"]
     for way, sides in found.items():
         for name, v in sides.items():
-            met = f"{target:g}{'' if v['ratio'] >= target else ', missed'}" if name == "bridged" else ""
+            met = against(target, v["ratio"] >= target) if name == "bridged" else ""
             beside = "" if v["of"] == name else f"{v['of']} | {v['ratio']:.2f}"
             rows.append(f"| {way} | {name} | {v['megabits']:.0f} | {beside or ' | '} | {met} |")
     return "\n".join(rows) + "\n"
@@ -129,7 +132,7 @@ def start(results: dict[str, Results]) -> str:
         return ""
     rows = ["| command | ms | beyond the interpreter, ms | of it CPU, ms | target |", "| --- | ---: | ---: | ---: | --- |"]
     for title, v in found.items():
-        met = f"{target:g}{'' if v['beyond_ms'] <= target else ', missed'}" if v["target"] else ""
+        met = against(target, v["beyond_ms"] <= target) if v["target"] else ""
         rows.append(f"| {title} | {v['ms']:.1f} | {v['beyond_ms']:.1f} | {v['cpu_beyond_ms']:.1f} | {met} |")
     return "\n".join(rows) + "\n"
 

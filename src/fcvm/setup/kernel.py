@@ -13,8 +13,8 @@ ARM = ("reboot=k", "keep_bootcon")
 VM = ("pci=off",)
 # The machine's other CPUs are started by its init once its PCI devices have their addresses: while one CPU of QEMU's changes
 # what is at which address, another one's access to a device can go to a wrong one. (What waited for QEMU's lock in the
-# middle of an access, do_st_mmio_leN in accel/tcg/cputlb.c, goes on with what was true before.) Seen: a write to a CPU's
-# timer that arrived at an MSI-X table, which ends QEMU by an assertion; timers that never rang. One start in twelve.
+# middle of an access, do_st_mmio_leN in accel/tcg/cputlb.c, goes on with what was true before.) Seen: QEMU ended by an
+# assertion, a write outside of an MSI-X table, most likely one to a CPU's timer; a timer that never rang. A start in fifteen.
 MACHINE = ("maxcpus=1",)
 HZ = 250  # of Debian's kernels
 

@@ -72,12 +72,13 @@ class Freezing:
         poll = select.poll()
         for descriptor in (self._control.fileno(), ended):
             poll.register(descriptor, select.POLLIN)
-        deadline = time.monotonic() + host.patience(LIMIT)
+        limit = host.patience(LIMIT)
+        deadline = time.monotonic() + limit
         while self._is is not wanted:
             left = deadline - time.monotonic()
             ready = [descriptor for descriptor, _ in poll.poll(max(0.0, left) * 1000)]
             if ended in ready or not ready:
                 if ended not in ready:
-                    log.warning(f"The agent did not {'freeze' if wanted else 'thaw'} the guest within {LIMIT:.0f} s.")
+                    log.warning(f"The agent did not {'freeze' if wanted else 'thaw'} the guest within {limit:.0f} s.")
                 return
             self._attend()
