@@ -1,4 +1,4 @@
-"""For the tests of fuse_pipe: real servers and mounts that always go away, a client without a kernel, other users."""
+"""For the tests of fuse_pipe: real servers and mounts that always go away, a client without a kernel."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,45 +207,6 @@ def mount(base: Path, **options: Any) -> Iterator[Mount]:
         yield mounted
     finally:
         mounted.stop()
-
-
-def as_user(
-    function: Callable[..., Any],
-    *arguments: Any,
-    uid: int = 0,
-    gid: int = 0,
-    groups: tuple[int, ...] = (),
-    umask: int = 0o022,
-) -> Any:
-    """Call a function in a child that is somebody else; its result, or the OSError that it raised."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(read)
-            os.setgroups(groups)
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)
-            os.umask(umask)
-            try:
-                result: Any = (True, function(*arguments))
-            except OSError as error:
-                result = (False, error.errno)
-            with os.fdopen(write, "wb") as pipe:
-                pickle.dump(result, pipe)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        data = pipe.read()
-    os.waitpid(child, 0)
-    assert data, "the child failed"
-    good, value = pickle.loads(data)
-    if good:
-        return value
-    raise OSError(value, os.strerror(value))
 
 
 def error_of(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 import fuse_support
 import pytest
-from fuse_support import as_user, error_of
+from fuse_support import error_of
+from fuse_tree import as_user
 
 U1, U2, G1, G2 = 65533, 65532, 65533, 65532
 LONG = "n" * 255

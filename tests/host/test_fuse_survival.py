@@ -14,6 +14,7 @@ from pathlib import Path
 import fuse_support
 import pytest
 from fuse_support import Mount, error_of
+from fuse_tree import as_user
 
 from fuse_pipe.server import listening
 
@@ -201,7 +202,7 @@ def test_state_saved_and_taken_over_by_another_server(base: Path) -> None:
         (point / "a").rename(point / "c")
         locked = (point / "l").open("w+b", buffering=0)
         fcntl.lockf(locked, fcntl.LOCK_EX)
-        waiter = in_thread(lambda: fuse_support.as_user(wait_and_note, point / "l"))
+        waiter = in_thread(lambda: as_user(wait_and_note, point / "l"))
         fuse_support.wait_for(lambda: (point / "waiting").exists(), "the waiter")
         mounted.stop_server(signal.SIGTERM)  # it saves
         assert json.loads((base / "state").read_text())["version"] == 1

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import fuse_support
 import pytest
-from fuse_support import Mount, as_user, error_of
+from fuse_support import Mount, error_of
+from fuse_tree import as_user
 
 from fuse_pipe import linux
 
