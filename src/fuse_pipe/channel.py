@@ -11,7 +11,7 @@ side has taken in on this channel over all connections; the other side drops tha
 Between times each side says now and then how many it has taken in, in a message that no kernel sends: to the server a
 request with opcode ``ACK``, to the relay a reply with error ``ACK``; the count is in the ``unique`` field. ``base`` is
 the number of the first message that the relay still has, where a server without memory of the session starts.
-Channel -1 carries notifications to the relay and nothing back.
+Channel -1 carries notifications to the relay, and answers that must not come before them; nothing back.
 
 Where both say ``"quiet": true``, requests may be marked QUIET, in the padding of their header: they get no answer, but for
 a message FAILED when a write fails (the node's id in place of ``unique``, then an errno). And just before an answer the

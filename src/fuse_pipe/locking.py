@@ -12,6 +12,7 @@ from fuse_pipe.records import END, Owner, lock_path
 from fuse_pipe.volume import Handle, Volume
 from fuse_pipe.worker import Worker
 
+_KIND_AT = m.LK_IN.fields.index("type")
 _FLOCK = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}
 
 
@@ -51,6 +52,21 @@ def flock(handle: Handle, kind: int, wait: bool) -> None:
     """Lock a whole file for an open of it, as flock(2) does; the lock is one of the host's own flocks."""
     linux.flock(handle.fd.n, _FLOCK[kind] | (0 if wait else fcntl.LOCK_NB))
     handle.flock = kind
+
+
+def takes(message: memoryview) -> bool:
+    """Whether a SETLK or SETLKW asks for a lock, rather than to give one up."""
+    kind: int = m.LK_IN.unpack_from(message, m.IN_HEADER.size)[_KIND_AT]
+    return kind != fcntl.F_UNLCK
+
+
+def is_news(volume: Volume, nodeid: int) -> bool:
+    """Whether the data of a file may be other than the kernel has it; the kernel is about to be told."""
+    try:
+        node = volume.table.get(nodeid)
+        return not volume.fresh(node, volume.table.stat(node))
+    except OSError:  # it is not where it was
+        return True
 
 
 def getlk(

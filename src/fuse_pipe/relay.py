@@ -69,7 +69,7 @@ class Relay:
         self.channels = [relay_channel(n) for n in range(channels)]
         self.notifications = relay_channel(NOTIFY)
         self.shortcuts = Shortcuts(self.notifications, behind=channels == 1)
-        self.pending: set[int] = set()  # requests without an answer, by unique
+        self.pending: dict[int, int] = {}  # requests without an answer: unique -> the descriptor that wants it
         self.fds: list[int] = []
         self.stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -205,7 +205,7 @@ class Relay:
                 if not buffer[QUIET_AT]:
                     continue
             elif opcode not in _UNANSWERED:
-                pending.add(unique)
+                pending[unique] = fd
             message: bytes | memoryview
             if size <= COPIED:
                 message = bytes(view[:size])
@@ -309,16 +309,16 @@ class Relay:
                 if error == FAILED:
                     shortcuts.failed(unique, *_ERRNO.unpack_from(message, m.OUT_HEADER.size))
                     continue
-                pending.discard(unique)
+                wanted_by = pending.pop(unique, fd)
                 answer: bytes | memoryview = message
                 if unique in asked:
                     answer = shortcuts.reply(unique, error, message, ahead)
-                elif notifications:
+                elif not unique:
                     shortcuts.notified(*_NODE.unpack_from(message, m.OUT_HEADER.size))
                 if ahead:
                     ahead.clear()
                 try:
-                    write(fd, answer)
+                    write(wanted_by, answer)
                 except OSError as failed:
                     if failed.errno in _GONE:
                         return

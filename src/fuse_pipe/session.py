@@ -147,6 +147,9 @@ class Session:
         if opcode == m.SETLKW:
             return
         reply = self.execute(worker, message)
+        if opcode == m.SETLK and reply is not None:
+            self._lock_answer(message, reply, replies)
+            return
         if message[QUIET_AT]:
             self._quiet(channel, message, reply)
             return
@@ -234,8 +237,24 @@ class Session:
         reply = self.execute(worker, message, locking.setlk_at_once)
         if reply is None:
             return False
-        replies.append(reply)
+        self._lock_answer(message, reply, replies)
         return True
+
+    def _lock_answer(self, message: memoryview, reply: Buffers, replies: list[Buffers]) -> None:
+        """Answer a request for a lock: who gets one must see what others wrote before they gave it up.
+
+        So the kernel first drops what it has of the file if somebody else has changed it. That may wait for a page that
+        is being read: the answer waits behind it, among the notifications, and not in the way of the answers to reads.
+        """
+        notify = self.channels.get(NOTIFY)
+        if notify is None or m.OUT_HEADER.unpack_from(reply[0])[1] or not locking.takes(message):
+            replies.append(reply)
+            return
+        nodeid = _IN(message)[3]
+        if locking.is_news(self.volume, nodeid):
+            notify.send(((m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0),), reply))
+        else:
+            notify.send((reply,))
 
     def defer(self, channel: Channel, unique: int, message: bytes) -> None:
         """Do a request in another thread."""
@@ -266,7 +285,12 @@ class Session:
         if self.volume.journal is not None:
             self.volume.journal.flush()
         if done and reply is not None:
-            channel.send((reply,))
+            replies: list[Buffers] = []
+            if waits:
+                self._lock_answer(memoryview(message), reply, replies)
+            else:
+                replies.append(reply)
+            channel.send(replies)
         with self.idle:
             self.idle.notify_all()
 

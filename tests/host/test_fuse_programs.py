@@ -130,6 +130,21 @@ def test_sqlite(here: Path, shared: Mount) -> None:
     assert run("sqlite3", host, "PRAGMA integrity_check; SELECT count(*) FROM t;").split() == ["ok", "500"]
 
 
+def test_a_database_that_the_host_writes_too(here: Path, shared: Mount) -> None:
+    database = here / "db"
+    host = shared.host / database.relative_to(shared.path)
+    run("sqlite3", database, "PRAGMA journal_mode=truncate; CREATE TABLE t(a INTEGER PRIMARY KEY, b INTEGER UNIQUE);")
+    step = "BEGIN IMMEDIATE; INSERT INTO t(b) SELECT count(*) FROM t; COMMIT;"
+    writers = [
+        subprocess.Popen(["sqlite3", "-bail", "-cmd", ".timeout 60000", path, step * 40], stdout=subprocess.DEVNULL)
+        for path in (database, host, database, host)
+    ]
+    assert [writer.wait(240) for writer in writers] == [0, 0, 0, 0]
+    for path in (database, host):
+        found = run("sqlite3", path, "PRAGMA integrity_check; SELECT count(*), max(b) FROM t;")
+        assert found.split() == ["ok", "160|159"]
+
+
 def test_a_database_locked_by_the_host_is_locked(here: Path, shared: Mount) -> None:
     database = here / "db"
     run("sqlite3", database, "CREATE TABLE t(a);")

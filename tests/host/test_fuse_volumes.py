@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import mmap
+import multiprocessing
 import os
 import select
 import signal
@@ -119,6 +120,37 @@ def test_record_locks_go_with_any_close(shared: Mount, here: Path) -> None:
             assert error_of(fcntl.lockf, host, fcntl.LOCK_EX | fcntl.LOCK_NB) in ("EAGAIN", "EACCES")
             path.open().close()
             fcntl.lockf(host, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("kind", ["record", "ranges", "flock"])
+def test_who_gets_a_lock_sees_what_was_written_under_it(shared: Mount, here: Path, kind: str) -> None:
+    """Processes of the guest and of the host count two numbers in a file up, in turn: no step is lost."""
+    path = here / "numbers"
+    path.write_bytes(bytes(2 * 4096))
+
+    def count(path: Path) -> None:
+        with path.open("r+b", buffering=0) as file:
+            for n in range(200):
+                at = n % 2 * 4096
+                lock = {
+                    "record": lambda how: fcntl.lockf(file, how),
+                    "ranges": lambda how, at=at: fcntl.lockf(file, how, 8, at),
+                    "flock": lambda how: fcntl.flock(file, how),
+                }[kind]
+                lock(fcntl.LOCK_EX)
+                (number,) = struct.unpack("Q", os.pread(file.fileno(), 8, at))
+                os.pwrite(file.fileno(), struct.pack("Q", number + 1), at)
+                os.pread(file.fileno(), 8, at)  # is cached, with the attributes, when others write next
+                lock(fcntl.LOCK_UN)
+
+    start = multiprocessing.get_context("fork").Process
+    counting = [start(target=count, args=(each,)) for each in (path, on_host(shared, path)) * 2]
+    for process in counting:
+        process.start()
+    for process in counting:
+        process.join()
+    numbers = on_host(shared, path).read_bytes()
+    assert [struct.unpack_from("Q", numbers, at)[0] for at in (0, 4096)] == [400, 400]
 
 
 def test_waiting_for_a_lock_is_interrupted(here: Path) -> None:
