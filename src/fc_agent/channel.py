@@ -13,12 +13,12 @@ The class only moves bytes; it never waits. Sockets are non-blocking and whoever
 """
 
 import json
-import socket
 import struct
 from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing is slow to import, and the client of `fcvm exec` counts milliseconds
+    from _socket import socket
     from typing import Any
 
 # Frame types; the direction is in docs/architecture.md, "Sessions".
@@ -43,7 +43,7 @@ class Channel:
 
     def __init__(self, *, sent: int = 0, received: int = 0) -> None:
         self.received = received  # frames seen, whether consumed or not
-        self.socket: socket.socket | None = None
+        self.socket: socket | None = None
         self._acknowledged = sent  # frames that the peer has consumed: the number of the first one in _kept
         self._kept: deque[bytes] = deque()  # every frame that is not acknowledged
         self._unsent: deque[bytes] = deque()  # those of them that this connection has not seen yet
@@ -73,7 +73,7 @@ class Channel:
         """Whether there is a connection and something to write to it."""
         return self.socket is not None and bool(self._writing or self._unsent or (self._consumed != self._announced))
 
-    def attach(self, connection: socket.socket, *, peer_received: int, rest: bytes = b"") -> None:
+    def attach(self, connection: "socket", *, peer_received: int, rest: bytes = b"") -> None:
         """Go on over ``connection``, whose peer has seen ``peer_received`` of our frames; an earlier one is dropped.
 
         Arguments:
@@ -208,12 +208,12 @@ def _broken(error: OSError) -> ConnectionError:
     return error if isinstance(error, ConnectionError) else ConnectionResetError(str(error))
 
 
-def send_line(connection: socket.socket, message: "dict[str, Any]") -> None:
+def send_line(connection: "socket", message: "dict[str, Any]") -> None:
     """Write an opening line; ``connection`` is blocking, with a timeout."""
     connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
 
-def read_line(connection: socket.socket) -> "tuple[dict[str, Any], bytes]":
+def read_line(connection: "socket") -> "tuple[dict[str, Any], bytes]":
     """Read an opening line: the object, and the bytes behind it that came along. ``connection`` is blocking.
 
     Raises:

@@ -140,7 +140,7 @@ def test_vsock_connects(device: Callable[..., Path]) -> None:
         assert connection.recv(100) == b"CONNECT 4998\n"
         connection.sendall(b"OK 1073741824\nhello")
 
-    with vsock.connect(device(answer), 4998, 30) as connection:
+    with contextlib.closing(vsock.connect(device(answer), 4998, 30)) as connection:
         assert connection.gettimeout() is None
         assert connection.recv(100) == b"hello"
 

@@ -10,7 +10,6 @@ import json
 import os
 import select
 import signal
-import socket
 import time
 from _thread import get_ident  # threading is slow to import
 from collections import deque
@@ -22,6 +21,10 @@ from fc_agent.channel import Channel, ChannelError
 from fcvm.agent.vsock import Resets
 from fcvm.errors import AgentError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+
 OPENING_TIME = 30.0  # seconds that the server may take to find a session
 LAUNCH_TIME = 600.0  # seconds that it may take to start a process: a hundred at once, in an emulated guest, take minutes
 FAREWELL_TIME = 1.0  # seconds to tell the server that we give up
@@ -30,7 +33,7 @@ SHORT = 0.05  # seconds of silence in which most sessions end; only longer ones 
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-Connect = Callable[[], socket.socket]
+Connect = Callable[[], "socket"]
 Output = Callable[[str, bytes], None]
 
 
@@ -222,7 +225,7 @@ class Client:
         return None
 
     def _ask(
-        self, connection: socket.socket, message: dict[str, object], timeout: float = OPENING_TIME
+        self, connection: "socket", message: dict[str, object], timeout: float = OPENING_TIME
     ) -> tuple[dict[str, object], bytes]:
         connection.settimeout(timeout)
         wire.send_line(connection, message)

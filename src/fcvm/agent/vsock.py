@@ -8,9 +8,9 @@ When Firecracker takes a snapshot, the guest's end of every connection is reset,
 sends something. So whoever takes a snapshot says so, by touching the socket (``announce_reset``), to all who look (``Resets``).
 """
 
+import _socket  # what `socket` is made of, without its enums of all constants: 4 of the 32 ms that `fcvm exec` took beyond a bare Python
 import contextlib
 import os
-import socket
 import time
 
 from fcvm.errors import AgentError
@@ -23,7 +23,7 @@ REQUEST_TIME = 2.0  # seconds that Firecracker gives a guest to accept (CONN_REQ
 MAX_SUN_PATH = 107  # <linux/un.h>, less the final NUL
 
 
-def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> socket.socket:
+def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> _socket.socket:
     """A blocking stream socket to ``port`` in the guest whose vsock device is ``uds``.
 
     Arguments:
@@ -45,9 +45,9 @@ def connect(uds: str | os.PathLike[str], port: int, timeout: float) -> socket.so
                 raise
 
 
-def _connect(uds: str | os.PathLike[str], port: int, end: float) -> socket.socket:
+def _connect(uds: str | os.PathLike[str], port: int, end: float) -> _socket.socket:
     """One attempt, until ``end``; raises TimeoutError then."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         connection.settimeout(max(0.001, end - time.monotonic()))
         connect_path(connection, uds)
@@ -116,7 +116,7 @@ class Resets:
             return 0
 
 
-def connect_path(connection: socket.socket, path: str | os.PathLike[str]) -> None:
+def connect_path(connection: _socket.socket, path: str | os.PathLike[str]) -> None:
     """Connect to a Unix socket, however long its path is."""
     if len(os.fsencode(path)) <= MAX_SUN_PATH:
         connection.connect(os.fspath(path))

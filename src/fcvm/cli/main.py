@@ -45,6 +45,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
 
 
+vars(argparse)["_"] = str  # there are no translations of us, and to look for those of argparse would import locale
+
+
 class Formatter(argparse.HelpFormatter):
     """argparse's, told the terminal's width: every argument makes one, and each would import shutil to ask."""
 
