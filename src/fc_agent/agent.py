@@ -57,8 +57,6 @@ class Agent:
         self._control.stage("agent")
         threading.Thread(target=self._server.serve, args=(self._listener,), daemon=True, name="sessions").start()
         sockets.destroy_connections()  # there are none, but now a snapshot has the kernel's module for it
-        self._service.wait()
-        self._control.stage("podman service")
         for message in self._control.messages():
             try:
                 self._on_message(message)

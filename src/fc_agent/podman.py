@@ -97,7 +97,7 @@ class Service:
             self._spawn()
 
     def request(self, method: str, path: str, body: object = None, *, timeout: float = 300) -> "Any":
-        """One request of the libpod API; returns the decoded answer.
+        """One request of the libpod API; returns the decoded answer. The first waits until the service has started.
 
         Raises:
             PodmanError: Podman refused, or did not answer within ``timeout`` seconds.
@@ -126,10 +126,6 @@ class Service:
             message = value.get("message") if isinstance(value, dict) else None
             raise PodmanError(str(message or f"Podman answered {status}."), status)
         return value
-
-    def wait(self) -> None:
-        """Wait until the service answers."""
-        self.request("GET", "/images/json")
 
     def warm(self) -> None:
         """Run a container to its end and remove it, so that a snapshot has everything loaded that the next will need.
