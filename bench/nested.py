@@ -1,6 +1,6 @@
 """What each level of nesting costs: the host of the VMs, a VM, a VM in that VM; as ratios to the level before.
 
-    python -m bench.nested [--rounds N] [--json FILE]
+    python -m bench.nested [--rounds N | --quick] [--json FILE]
 
 Boot, exec and network of a VM are measured by whoever runs it: the user's host for the first, the first for the second. CPU and disk
 are measured where they are used; "host" is where VMs run, so the machine where there is no KVM.
@@ -118,6 +118,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_const", dest="rounds", const=1, help="one round")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = measure(args.rounds)

@@ -1,6 +1,6 @@
 """`fcvm podman run` of the demo image to its first output byte, in stages, beside its floor (bench/floor.py).
 
-    python -m bench.run [--rounds N] [--json FILE]
+    python -m bench.run [--rounds N | --quick] [--json FILE]
 
 Runs where the VMs are; `python -m bench` starts it there. Target: a cold run takes at most twice the floor.
 """
@@ -35,6 +35,7 @@ def fcvm(spec: dict[str, object]) -> tuple[float, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_const", dest="rounds", const=2, help="two rounds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from fcvm.vm.spec import RunSpec

@@ -1,6 +1,6 @@
 """What a command costs before it does anything, beside a bare interpreter: the client's side of it.
 
-    python -m bench.start [--rounds N] [--json FILE]
+    python -m bench.start [--rounds N | --quick] [--json FILE]
 
 Target, for `--help`, `ls` and `exec`: the interpreter's start plus at most 30 ms. The installed ``fcvm`` is run as a user runs it, its modules compiled. What
 it talks to is a thread here that answers at once: the guest of `exec`, the clone server of `snapshot run` and the machine of a
@@ -127,6 +127,7 @@ def pretended_machine(layout: Layout, settings: config.Config) -> Iterator[None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--quick", action="store_const", dest="rounds", const=5, help="five rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
