@@ -15,7 +15,7 @@ from fcvm import config, process
 from fcvm.storage.layout import Layout
 
 HEAVY = {
-    "asyncio", "ctypes", "dataclasses", "hashlib", "inspect", "logging", "pathlib", "random", "rich", "shutil", "subprocess", "tempfile",
+    "asyncio", "ctypes", "dataclasses", "hashlib", "inspect", "locale", "logging", "pathlib", "random", "rich", "shutil", "subprocess", "tempfile",
     "threading", "tomllib", "traceback", "typing",
 }  # fmt: skip
 NO_CONNECTION = {"fc_agent.channel", "fcvm.agent", "select", "signal", "socket"}
@@ -45,8 +45,9 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 def imported(env: dict[str, str], *words: str) -> set[str]:
     """The modules that a command ends with."""
+    localised = {**env, "LANG": "C.UTF-8"}  # argparse would look for translations then
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *words], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PROBE, *words], env=localised, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return set(done.stderr.splitlines()[-1].split())
@@ -57,7 +58,7 @@ def imported(env: dict[str, str], *words: str) -> set[str]:
     [
         (["--help"], NO_CONNECTION | {"contextlib", "fcvm.config", "json"}),
         (["ls"], NO_CONNECTION | {"textwrap"}),
-        (["exec", "vm", "--", "true"], {"fcvm.linux", "textwrap"}),
+        (["exec", "vm", "--", "true"], {"fcvm.linux", "socket", "textwrap"}),
         (["snapshot", "run", "--pid", str(os.getpid()), "--exec", "true"], {"textwrap"}),
     ],
 )
@@ -76,5 +77,5 @@ def test_what_runs_until_firecracker_starts_imports_nothing_heavy() -> None:
     modules = "fcvm.cli.podman fcvm.images.resolve fcvm.nested.profile fcvm.network.bridged fcvm.network.rootless fcvm.snapshots.direct fcvm.vm.run"
     program = f"import {', '.join(['sys', *modules.split()])}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    needed = {"ctypes", "hashlib", "pathlib", "subprocess", "threading"}
+    needed = {"ctypes", "hashlib", "locale", "pathlib", "subprocess", "threading"}
     assert set(done.stdout.split()) & (HEAVY - needed | {"datetime", "platform", "secrets", "tokenize"}) == set()
