@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
@@ -22,20 +23,25 @@ def reflink(source: int, destination: int) -> bool:
     return True
 
 
-def copy_extents(source: int, destination: int) -> None:
-    """Copy the data of descriptor ``source`` to the same offsets of an empty ``destination``, holes stay holes."""
-    size = os.fstat(source).st_size
-    os.ftruncate(destination, size)
-    offset = 0
-    while offset < size:
+def extents(fd: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file holds data: start and end offsets, in bytes."""
+    end = 0
+    while True:
         try:
-            start = os.lseek(source, offset, os.SEEK_DATA)
+            start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
-        offset = os.lseek(source, start, os.SEEK_HOLE)
-        _copy_range(source, destination, start, offset)
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def copy_extents(source: int, destination: int) -> None:
+    """Copy the data of descriptor ``source`` to the same offsets of an empty ``destination``, holes stay holes."""
+    os.ftruncate(destination, os.fstat(source).st_size)
+    for start, end in extents(source):
+        _copy_range(source, destination, start, end)
 
 
 def _copy_range(source: int, destination: int, start: int, end: int) -> None:

@@ -5,6 +5,8 @@ import errno
 import os
 from pathlib import Path
 
+from fcvm.linux.files import extents
+
 # <linux/falloc.h>
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -31,21 +33,11 @@ def dig(path: Path) -> int:
     zeros = bytes(BLOCK)
     with open(path, "r+b", buffering=0) as file:
         fd = file.fileno()
-        size = os.fstat(fd).st_size
-        offset = 0
-        while offset < size:
-            try:
-                start = os.lseek(fd, offset, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole is left
-                    break
-                raise
-            end = os.lseek(fd, start, os.SEEK_HOLE)
+        for start, end in extents(fd):
             for block in range(start, end, BLOCK):
                 data = os.pread(fd, min(BLOCK, end - block), block)
                 if data == zeros[: len(data)]:
                     if not punch(fd, block, len(data)):
                         return dug
                     dug += len(data)
-            offset = end
     return dug

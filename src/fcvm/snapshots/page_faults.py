@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fc_agent.structs import Struct
+from fcvm.linux.files import extents
 from fcvm.linux.memory import ReadOnly
 from fcvm.linux.userfaultfd import EVENT_PAGEFAULT, EVENT_REMOVE, Userfaultfd
 from fcvm.snapshots import working_set
@@ -98,20 +99,6 @@ class Memory:
     def close(self) -> None:
         self.mapping.close()
         os.close(self.fd)
-
-
-def extents(fd: int) -> Iterator[tuple[int, int]]:
-    """Where a sparse file holds data: start and end offsets."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 class Clone:
