@@ -144,13 +144,15 @@ def call(*words: str) -> None:
     subprocess.run([*FCVM, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
 
 
-def ask(directory: Path, command: Sequence[str] = COMMAND, *, target: str = "container") -> None:
-    """Run a command in a guest; an error if it fails."""
+def ask(directory: Path, command: Sequence[str] = COMMAND, *, target: str = "container") -> bytes:
+    """Run a command in a guest and return what it prints; an error if it fails."""
+    output: list[bytes] = []
     connect = partial(vsock.connect, directory / VSOCK, paths.SESSION_PORT, paths.SESSION_TIMEOUT)
     request = session.Request(command, target=target)
-    end = session.stream(connect, request, stdin=None, on_output=lambda stream, data: None)
+    end = session.stream(connect, request, stdin=None, on_output=lambda _, data: output.append(data))
     if end.code != 0:
-        raise RuntimeError(f"{command} ended with {end}")
+        raise RuntimeError(f"{command} ended with {end}: {output}")
+    return b"".join(output)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -207,6 +209,37 @@ def first_exec(bench: Bench) -> dict[str, Any]:
         "snapshot run --exec, whole process": beside(sums, whole),
         "interpreter": summary(python),
     }
+
+
+# Printed by it: the seconds that `crun exec` of the arguments in the guest's only container takes.
+CRUN = """
+import subprocess, sys, time
+container = subprocess.run(["crun", "list", "-q"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[0]
+start = time.perf_counter()
+subprocess.run(["crun", "exec", container, *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
+print(time.perf_counter() - start)
+"""
+
+
+def one_exec(bench: Bench) -> dict[str, Any]:
+    """`fcvm exec` as a whole process, beside an interpreter's start here and `crun exec` in the guest."""
+    python: list[float] = []
+    crun: list[float] = []
+    ours: list[float] = []
+
+    def floor() -> None:
+        python.append(timed(lambda: subprocess.run([sys.executable, "-ISE", "-c", "pass"], check=True)))
+        crun.append(float(ask(bench.source, ["python3", "-c", CRUN, *COMMAND], target="vm")))
+
+    def fcvm() -> None:
+        words = [*FCVM, "exec", bench.tag, "--", *COMMAND]
+        ours.append(timed(lambda: subprocess.run(words, stdout=subprocess.DEVNULL, check=True)))
+
+    for number in range(2 * bench.rounds):
+        for step in (floor, fcvm) if number % 2 else (fcvm, floor):
+            step()
+    floors = [a + b for a, b in zip(python, crun, strict=True)]
+    return {**beside(floors, ours), "interpreter": summary(python), "crun": summary(crun)}
 
 
 def together(bench: Bench) -> dict[str, Any]:
@@ -311,6 +344,7 @@ def start(bench: Bench) -> dict[str, Any]:
 
 
 MEASUREMENTS = {
+    "exec": one_exec,
     "pooled clone": first_exec,
     "clones together": together,
     "memory per clone": memory,

@@ -41,7 +41,7 @@ def pytest(tier: str, *options: str) -> tuple[int, str]:
     """One run of pytest: its exit code and its counts."""
     print(f"\n=== tests/{tier}", flush=True)
     sudo = ["sudo", "-E"] if tier in NEED_ROOT and os.geteuid() != 0 else []
-    command = [*sudo, sys.executable, "-m", "pytest", f"tests/{tier}", "-q", *options]
+    command = [*sudo, sys.executable, "-m", "pytest", f"tests/{tier}", "-q", "--durations=12", *options]
     counts = "nothing ran"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stdout is not None
