@@ -15,6 +15,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ FCVM = (
     "import sys; from pathlib import Path; from fcvm.cli.main import main; from fcvm.setup import assets; "
     "assets.SYSTEM_BASE = Path('/nonexistent'); sys.exit(main(sys.argv[1:]))"
 )
-COMMAND = (sys.executable, "-c", FCVM, "setup")
+COMMAND = (sys.executable, "-c", FCVM)
 SOURCES = Path(config.__file__).parents[1]
 TIMEOUT = 300
 BUSYBOX = Path("/bin/busybox")
@@ -143,10 +144,15 @@ def environment(base: Path, **settings: str) -> dict[str, str]:
     return env | {f"FCVM_{name.upper()}": value for name, value in settings.items()}
 
 
-def setup(
+def setup(base: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`fcvm setup`; see ``fcvm``."""
+    return fcvm(base, "setup", *args, **options)
+
+
+def fcvm(
     base: Path, *args: str, prefix: tuple[str, ...] = (), timeout: float = TIMEOUT, **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """`fcvm setup` with these settings; ``prefix`` is a command that runs it."""
+    """`fcvm ARGS` with these settings; ``prefix`` is a command that runs it."""
     return subprocess.run(
         [*prefix, *COMMAND, *args],
         env=environment(base, **settings),
@@ -183,6 +189,19 @@ def test_the_kata_kernel_is_fetched_verified_and_found(base: Path, server: Serve
     assert again.returncode == 0
     assert "Kata kernel" not in again.stderr
     assert len(server.requests) == 1
+
+
+def test_a_run_sets_up_what_is_missing_if_it_is_asked_to(base: Path, release: tuple[str, str]) -> None:
+    settings = {**kata_settings(base, release), "machine": "always"}
+    words = ("podman", "run", "--setup", f"dir:{base}/none")  # an error that comes behind set-up
+    plain = fcvm(base, *words[:2], words[3], **settings)
+    assert (plain.returncode, plain.stderr.splitlines()[-1]) == (125, "hint: fcvm setup")
+    done = fcvm(base, *words, **settings)
+    assert done.returncode == 125
+    assert "Kata kernel: done" in done.stderr
+    assert f"{base}/none" in done.stderr
+    assert "hint: fcvm setup" not in done.stderr
+    build.assets.find(load(base, **settings), Layout(base))
 
 
 def test_a_wrong_checksum_is_refused(base: Path, release: tuple[str, str]) -> None:
@@ -261,7 +280,7 @@ def test_two_at_once_fetch_once(base: Path, server: Server, release: tuple[str, 
 def test_killed_while_fetching_nothing_is_half_made(base: Path, server: Server, release: tuple[str, str]) -> None:
     server.released.clear()
     settings = kata_settings(base, release)
-    with subprocess.Popen(COMMAND, env=environment(base, **settings), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen((*COMMAND, "setup"), env=environment(base, **settings), stderr=subprocess.DEVNULL) as process:
         assert server.asked.wait(TIMEOUT)
         process.kill()
     assert left_over(base)  # the work directory of the killed one
@@ -275,7 +294,9 @@ def test_killed_while_fetching_nothing_is_half_made(base: Path, server: Server, 
 def test_interrupted_it_cleans_up_and_says_nothing_more(base: Path, server: Server, release: tuple[str, str]) -> None:
     server.released.clear()
     settings = kata_settings(base, release)
-    with subprocess.Popen(COMMAND, env=environment(base, **settings), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        (*COMMAND, "setup"), env=environment(base, **settings), stderr=subprocess.PIPE, text=True
+    ) as process:
         assert server.asked.wait(TIMEOUT)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=TIMEOUT)
@@ -316,7 +337,7 @@ def test_killed_while_debootstrapping_nothing_goes_on(base: Path, server: Server
     settings = {"debian_mirror": server.url("/debian"), "firecracker": str(base.parent / "firecracker")}
     for pointer in (base / "guest").glob("*.json"):
         pointer.unlink()
-    with subprocess.Popen(COMMAND, env=environment(base, **settings), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen((*COMMAND, "setup"), env=environment(base, **settings), stderr=subprocess.DEVNULL) as process:
         assert server.asked.wait(TIMEOUT)
         children = processes_in(base)
         assert children
