@@ -15,6 +15,7 @@ from fc_agent.protocol import ContainerPlan, VolumePlan
 
 EXITS = "/run/libpod/persist"  # conmon leaves ``<id>/exit`` and ``<id>/oom`` here (its --persist-dir)
 VOLUMES = "/run/fcvm/volumes"
+KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
 
 class StartError(Exception):
@@ -81,9 +82,9 @@ class Container:
                 break
             with contextlib.suppress(BlockingIOError):
                 os.read(self._events, 4096)
-        code = 137 if message else _read_number(result)
+        code = KILLED if message else _read_number(result)
         oom = any(os.path.exists(f"{place}/oom") for place in (f"{EXITS}/{self.id}", self.directory))
-        if code == 137 and oom_kills() > self._oom_kills:
+        if code == KILLED and oom_kills() > self._oom_kills:
             oom = True
         if message is None:
             message = why(code, oom)
@@ -170,10 +171,11 @@ def oom_kills() -> int:
 def why(code: int, oom: bool) -> str | None:
     """What the user should know about a container that ended badly; None if its exit code says it all."""
     if oom:
-        return "The container was killed because the VM has no memory left."
+        what = "The container" if code == KILLED else "A process of the container"
+        return f"{what} was killed because the VM had no memory left."
     with contextlib.suppress(OSError):
         disk = os.statvfs(podman.STORAGE)
-        if code != 0 and disk.f_bavail < disk.f_blocks // 1000:
+        if code != 0 and (disk.f_bavail * 1000 < disk.f_blocks or not disk.f_favail):
             return "The VM's disk is full."
     return None
 

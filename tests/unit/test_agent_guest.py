@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,27 @@ def test_start_codes(message: str, code: int) -> None:
 )
 def test_signal_numbers(name: str, number: int) -> None:
     assert container.signal_number(name) == number
+
+
+@pytest.mark.parametrize(("code", "who"), [(137, "The container"), (0, "A process of the container")])
+def test_who_was_killed_for_want_of_memory(code: int, who: str) -> None:
+    assert container.why(code, True) == f"{who} was killed because the VM had no memory left."
+
+
+@pytest.mark.parametrize(
+    ("free", "blocks", "inodes", "said"),
+    [
+        (0, 987, 64, "The VM's disk is full."),  # of 1 MiB, the smallest
+        (900, 987, 0, "The VM's disk is full."),
+        (2000, 2580293, 655000, "The VM's disk is full."),
+        (9_762_592, 10_321_172, 655_295, None),
+    ],
+)
+def test_a_full_disk_is_blamed_for_a_bad_end(free: int, blocks: int, inodes: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = SimpleNamespace(f_bavail=free, f_blocks=blocks, f_favail=inodes)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    assert container.why(1, False) == said
+    assert container.why(0, False) is None
 
 
 def test_specification_leaves_the_images_own_alone() -> None:
