@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from fcvm import config as settings
 from fcvm.errors import AgentError, ConflictError, FcvmError
+from fcvm.firecracker.process import Console
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
@@ -66,6 +68,25 @@ def test_a_vm_whose_streams_break_ends_and_says_why(tmp_path: Path, monkeypatch:
         vm.carry_streams()  # there is no vsock device
         with pytest.raises(AgentError, match=r"cannot be read any more: .*No such file.* \(console\)"):
             vm._loop()
+
+
+@pytest.mark.parametrize(
+    ("code", "console", "said"),
+    [
+        (-9, "Out of memory: Killed process 7 (stress)\n", "Firecracker was killed by signal 9"),  # that was long before
+        (0, "Out of memory: Killed process 7 (stress)\n", r"ran out of memory \(1024 MiB\)"),
+        (0, "[1.0] Kernel panic - not syncing: sysrq triggered crash\n", "panicked: not syncing: sysrq triggered crash"),
+        (148, "", "Firecracker exited with code 148"),
+    ],
+)
+def test_why_a_vm_died(code: int, console: str, said: str, tmp_path: Path) -> None:
+    seen = Console(tmp_path / "console.log")
+    seen.file.close()
+    seen.tail = console.encode()
+    spec = RunSpec(name="dead", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    error = supervisor._post_mortem(SimpleNamespace(console=seen, process=SimpleNamespace(returncode=code)), spec)  # type: ignore[arg-type]
+    assert re.search(said, error.message)
+    assert console.strip() in error.message
 
 
 def test_the_background_tells_what_has_failed() -> None:

@@ -483,6 +483,9 @@ class Supervisor:
 def _post_mortem(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
     """Why a VM died by itself, told from its console: panic=-1 makes Firecracker exit with 0 after a kernel panic."""
     console = firecracker.console
+    code = firecracker.process.returncode
+    if code < 0:  # whatever the guest does, it exits
+        return GuestError(f"Firecracker was killed by signal {-code} before the container had ended.{console.quote()}")
     text = "\n".join(console.lines(200))
     if "Out of memory" in text or "out of memory" in text or "oom-kill" in text:
         return GuestError(
@@ -491,6 +494,4 @@ def _post_mortem(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
     if "Kernel panic" in text:
         reason = text.split("Kernel panic", 1)[1].splitlines()[0].removeprefix(" - ").strip()
         return GuestError(f"The guest's kernel panicked: {reason}.{console.quote()}")
-    code = firecracker.process.returncode
-    how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-    return GuestError(f"Firecracker {how} while the container was running.{console.quote()}")
+    return GuestError(f"Firecracker exited with code {code} before the container had ended.{console.quote()}")
