@@ -10,11 +10,14 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fcvm import config, host
 
 ROOT = Path(__file__).parents[2]
 FCVM = [sys.executable, "-m", "fcvm"]
@@ -58,11 +61,39 @@ def vm(name: str) -> dict[str, Any] | None:
     return next((found for found in ls("--all") if found["name"] == name), None)
 
 
+def where_vms_are(*command: str) -> list[str]:
+    """The words that run ``command`` where the VMs are."""
+    return [*FCVM, "machine", "ssh", "--", *command] if host.uses_machine(config.load()) else list(command)
+
+
+def wait(condition: Callable[[], object]) -> None:
+    """Until it is true; what it looks at has nothing that could be waited for."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def line(process: subprocess.Popen[bytes]) -> bytes:
+    """The next line that it prints; what it said on stderr if there is none."""
+    assert process.stdout is not None
+    text = process.stdout.readline()
+    if not text:
+        assert process.stderr is not None
+        raise AssertionError(process.stderr.read().decode())
+    return text.strip()
+
+
+def running(*args: str, **options: Any) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """A ``fcvm ARGS`` in the background; ended at the end if it still runs."""
+    return started([*FCVM, *args], **options)
+
+
 @contextlib.contextmanager
-def running(*args: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``fcvm ARGS`` in the background; killed at the end if it still runs."""
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in the background, with stdin empty unless ``options`` say otherwise; ended at the end if it still runs."""
     with subprocess.Popen(
-        [*FCVM, *args],
+        command,
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, ROOT, TIMEOUT, environment, fcvm, ls, ok, running, vm
-
-from fcvm import config, host
+from vm.conftest import DEMO, ROOT, TIMEOUT, environment, fcvm, line, ls, ok, running, vm, wait, where_vms_are
 
 SCRIPT = "httpd -h /www; echo begun; n=0; while :; do n=$((n+1)); echo $n; echo $n > /tmp/count; sleep 0.5; done"
 
@@ -63,35 +61,10 @@ def server(baseline: str) -> Iterator[str]:
     assert json.loads(ok("snapshot", "ls", "--json")) == []
 
 
-def line(process: "subprocess.Popen[bytes]") -> bytes:
-    """The next line that it prints; what it said on stderr if there is none."""
-    assert process.stdout is not None
-    text = process.stdout.readline()
-    if not text:
-        assert process.stderr is not None
-        raise AssertionError(process.stderr.read().decode())
-    return text.strip()
-
-
-def wait(condition) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def clones(pid: str) -> list[str]:
     """The clones of a server."""
     found = next(s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
     return sorted(clone["name"] for clone in found["clones"])
-
-
-def where_vms_are(*command: str) -> None:
-    """Run a command where the VMs are."""
-    if host.uses_machine(config.load()):
-        ok("machine", "ssh", "--", *command)
-    else:
-        subprocess.run(command, check=True)
 
 
 def test_a_clone_of_a_clone_goes_on_as_itself(baseline: str, vm_name: str) -> None:
@@ -169,7 +142,7 @@ def test_a_killed_server_ends_its_clones_with_a_message(baseline: str, vm_name: 
         (listed,) = (s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
         assert listed["backend"] == "uffd"
         assert listed["faults"] > 0
-        where_vms_are("kill", "-9", pid)
+        subprocess.run(where_vms_are("kill", "-9", pid), env=environment(), check=True)
         assert process.wait(TIMEOUT) == 125
         assert process.stderr is not None
         assert f"The clone server {pid} has ended, and its clones with it." in process.stderr.read().decode()

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
 
 def _list(args: argparse.Namespace, context: Context) -> None:
+    store.sweep(context.layout)
     found = store.snapshots(context.layout)
     if args.json:
         print(json.dumps([public(context, snapshot) for snapshot in found], indent=2))
