@@ -65,6 +65,26 @@ def test_rings_wrap_around(driver: Driver) -> None:
     assert queue.index == 70_000 & 0xFFFF
 
 
+def test_the_driver_sees_no_index_half_written(driver: Driver) -> None:
+    """It reads the index of the used ring at any moment; one in between would be entries that nobody has made."""
+    index = driver.view[USED + 2 : USED + 4].cast("H")
+    least, rounds = 0x101, 5
+    index[0] = least
+    child = os.fork()
+    if child == 0:
+        for _ in range(rounds):
+            index[0] = least
+            queue = driver.queue()
+            for _ in range(0xFFFF - least):
+                queue.push(0, 0)
+        os._exit(0)
+    seen = least
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        seen = min(seen, *(index[0] for _ in range(1000)))
+    index.release()
+    assert seen == least
+
+
 def test_a_stopped_queue_goes_on_where_it_was(driver: Driver) -> None:
     queue = driver.queue()
     for _ in range(3):

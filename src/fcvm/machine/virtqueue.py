@@ -81,12 +81,16 @@ class Virtqueue:
         self._desc = memory.at_user(desc, 16 * size)
         self._avail = memory.at_user(avail, 4 + 2 * size)
         self._used = memory.at_user(used, 4 + 8 * size)
+        # The indices, which the driver reads and writes at any moment: loaded and stored whole, which ``struct`` does not
+        # do (it zeroes first, then writes byte by byte).
+        self._available = self._avail[2:4].cast("H")
+        self._published = self._used[2:4].cast("H")
         self.index = index
-        self._used_index: int = _U16.unpack_from(self._used, 2)[0]
+        self._used_index = self._published[0]
 
     def pop(self) -> Chain | None:
         """The next request, or None when there is none."""
-        if _U16.unpack_from(self._avail, 2)[0] == self.index:
+        if self._available[0] == self.index:
             return None
         head: int = _U16.unpack_from(self._avail, 4 + 2 * (self.index % self._size))[0]
         self.index = (self.index + 1) & 0xFFFF
@@ -96,7 +100,7 @@ class Virtqueue:
         """Give the request ``head`` back with ``written`` bytes in its writable buffers."""
         _USED_ELEMENT.pack_into(self._used, 4 + 8 * (self._used_index % self._size), head, written)
         self._used_index = (self._used_index + 1) & 0xFFFF
-        _U16.pack_into(self._used, 2, self._used_index)  # after the element: this is what publishes it
+        self._published[0] = self._used_index  # after the element: this is what publishes it
 
     def _chain(self, head: int) -> Chain:
         readable: list[memoryview] = []
