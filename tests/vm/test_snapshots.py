@@ -164,20 +164,6 @@ def test_control_c_at_a_server_with_clones_asks_first(baseline: str, vm_name: st
         assert process.wait(TIMEOUT) == 137
 
 
-def test_a_killed_source_leaves_its_snapshots(baseline: str, vm_name: str) -> None:
-    tag = name()
-    with running("snapshot", "run", "--snapshot", baseline, "--name", vm_name) as process:
-        line(process)
-        with running("snapshot", "create", vm_name, "--tag", tag):
-            process.kill()
-            process.wait()
-    wait(lambda: vm(vm_name) is None)
-    tags = [found["tag"] for found in json.loads(ok("snapshots", "--json"))]
-    if tag in tags:  # it was quicker: then it is whole
-        assert ok("snapshot", "run", "--snapshot", tag, "--exec", "echo ready") == b"ready\n"
-        ok("snapshots", "rm", tag)
-
-
 def test_the_next_identical_run_starts_warm(vm_name: str) -> None:
     """The application starts once: the second run has its output, its random choice, and a name of its own."""
     script = f"echo {vm_name} begins; cat /proc/sys/kernel/random/uuid; httpd -h /www; n=0; while :; do n=$((n+1)); echo $n; sleep 0.5; done"
