@@ -19,8 +19,9 @@ from fuse_pipe.journal import Journal
 from fuse_pipe.messages import ROOT_ID
 
 # How long the ctime of a file must lie back before "unchanged since" can be told by it: Linux before 6.13 stamps
-# files with the time of the last timer tick, at most 10 ms old.
-TICK_NS = 10_000_000
+# files with the time of the last timer tick, at most 10 ms old; later ones stamp what was looked at with the exact time.
+_LINUX = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+TICK_NS = 10_000_000 if _LINUX < (6, 13) else 0
 
 
 # Nodes that a kernel may hold references to; each takes some 400 bytes here.
