@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from time import time_ns
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
@@ -125,7 +126,8 @@ def write(
     handle = volume.handles.get(number) or volume.handle(number)
     worker.keep_setid(not extra & m.WRITE_KILL_SUIDGID)
     fd = handle.fd
-    before = os.fstat(fd.n) if handle.node.id in volume.records.nodes else None
+    seen = volume.records.seen.get(handle.node.id)
+    before = os.fstat(fd.n) if seen is not None else None
     if flags & os.O_APPEND and not extra & m.WRITE_CACHE:
         done = os.pwritev(fd.n, [data], offset, os.RWF_APPEND)
     else:
@@ -133,8 +135,13 @@ def write(
     while done < size and worker.quiet:  # answered already: all of it, or an error
         done += os.pwrite(fd.n, data[done:], offset + done)
     handle.written = True
-    # Where others lock other ranges and write to them, the file is not as the kernel has it just because it wrote last.
-    if volume.watcher is not None and (before is None or handle.node.data == (before.st_ctime_ns, before.st_size)):
+    if before is not None and seen is not None:
+        # Where others lock other ranges and write to them, the file is not as the kernel has it for having written last.
+        if seen[0] == (before.st_ctime_ns, before.st_size):
+            info = os.fstat(fd.n)
+            volume.records.seen[handle.node.id] = (info.st_ctime_ns, info.st_size), time_ns()
+            volume.sign(handle.node, info)
+    elif volume.watcher is not None:
         volume.sign(handle.node, os.fstat(fd.n))
     return m.WRITE_OUT.pack(done, 0)
 

@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import stat
+from time import time_ns
 from typing import Any
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.nodes import Fd, Node
+from fuse_pipe.nodes import TICK_NS, Fd, Node
 from fuse_pipe.records import END, Owner, lock_path
 from fuse_pipe.volume import Handle, Volume
 from fuse_pipe.worker import Worker
@@ -61,12 +62,15 @@ def takes(message: memoryview) -> bool:
 
 
 def is_news(volume: Volume, nodeid: int) -> bool:
-    """Whether the data of a file may be other than the kernel has it; the kernel is about to be told."""
+    """Whether the data of a file may be other than the kernel has it, which is about to be told if so."""
     try:
-        node = volume.table.get(nodeid)
-        return not volume.fresh(node, volume.table.stat(node))
+        info = volume.table.stat(volume.table.get(nodeid))
     except OSError:  # it is not where it was
         return True
+    now = info.st_ctime_ns, info.st_size
+    state, noted = volume.records.seen.get(nodeid, (None, 0))
+    volume.records.seen[nodeid] = now, time_ns()
+    return state != now or noted - info.st_ctime_ns <= TICK_NS
 
 
 def getlk(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 END = (1 << 63) - 1  # the last byte of a lock "to the end of the file"
 
 Range = tuple[int, int, int]  # first byte, last byte, F_RDLCK or F_WRLCK
+State = tuple[int, int]  # of a file's data: ctime in ns, size
 
 
 def set_range(held: list[Range], start: int, end: int, kind: int) -> list[Range]:
@@ -57,10 +58,15 @@ class Owner:
 
 
 class RecordLocks:
-    """The record locks of a mount: node id -> owner -> locks."""
+    """The record locks of a mount: node id -> owner -> locks.
+
+    ``seen``: of every file that was locked, record locks or not, what it was like (``state``) when the kernel last had its
+    data as it is, and when that was noted in ns. Opening a file does not count: what the kernel then drops it drops later.
+    """
 
     def __init__(self) -> None:
         self.nodes: dict[int, dict[int, Owner]] = {}
+        self.seen: dict[int, tuple[State, int]] = {}
         self.lock = threading.Lock()
         self.journal: Journal | None = None
 
@@ -123,11 +129,13 @@ class RecordLocks:
         """The file is not known any more."""
         with self.lock:
             self.nodes.pop(node, None)
+            self.seen.pop(node, None)
 
     def close(self) -> None:
         """Give up everything."""
         with self.lock:
             self.nodes.clear()
+            self.seen.clear()
 
 
 def lock_path(fd: "Fd", writable: bool) -> "Fd":

@@ -92,6 +92,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.lock = threading.Lock()
         self.gate = Gate()
+        self._news = threading.Lock()
         self.quiet = False  # whether the relay knows of QUIET, FAILED and ATTRIBUTES
         self.answers: dict[int, bytes] = {}  # unique -> answer, of requests that a killed server did
         self.ended = False
@@ -251,10 +252,13 @@ class Session:
             replies.append(reply)
             return
         nodeid = _IN(message)[3]
-        if locking.is_news(self.volume, nodeid):
-            notify.send(((m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0),), reply))
-        else:
-            notify.send((reply,))
+        with (
+            self._news
+        ):  # or another thread's answer, for which there is no news any more, goes before the notification
+            if locking.is_news(self.volume, nodeid):
+                notify.send(((m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0),), reply))
+            else:
+                notify.send((reply,))
 
     def defer(self, channel: Channel, unique: int, message: bytes) -> None:
         """Do a request in another thread."""
