@@ -172,6 +172,15 @@ def statx(fd: int, mask: int = STATX_ALL) -> Statx:
     return Statx(*_STATX.unpack_from(buffer.raw))
 
 
+def file_system(fd: int) -> str:
+    """The name of the file system that a descriptor's file is on (proc_pid_mountinfo(5)); empty if it cannot be told."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        mount = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo") as file:
+        found = (line.split(" - ")[1].split()[0] for line in file if line.split()[0] == mount)
+        return next(found, "")
+
+
 def keep_memory() -> None:
     """Have malloc keep and use again blocks of megabytes, which it otherwise maps and unmaps (and the kernel
     clears) each time.

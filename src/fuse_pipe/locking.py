@@ -8,7 +8,7 @@ from typing import Any
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.nodes import TICK_NS, Fd, Node
+from fuse_pipe.nodes import Fd, Node
 from fuse_pipe.records import END, Owner, lock_path
 from fuse_pipe.volume import Handle, Volume
 from fuse_pipe.worker import Worker
@@ -70,7 +70,7 @@ def is_news(volume: Volume, nodeid: int) -> bool:
     now = info.st_ctime_ns, info.st_size
     state, noted = volume.records.seen.get(nodeid, (None, 0))
     volume.records.seen[nodeid] = now, time_ns()
-    return state != now or noted - info.st_ctime_ns <= TICK_NS
+    return state != now or noted - info.st_ctime_ns <= volume.table.tick(info)
 
 
 def getlk(

@@ -9,6 +9,7 @@ components, relative to a descriptor below the root.
 import contextlib
 import errno
 import os
+import re
 import resource
 import stat
 import threading
@@ -18,11 +19,11 @@ from fuse_pipe import linux
 from fuse_pipe.journal import Journal
 from fuse_pipe.messages import ROOT_ID
 
-# How long the ctime of a file must lie back before "unchanged since" can be told by it: Linux before 6.13 stamps
-# files with the time of the last timer tick, at most 10 ms old; later ones stamp what was looked at with the exact time.
-_LINUX = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
-TICK_NS = 10_000_000 if _LINUX < (6, 13) else 0
+TICK_NS = 10_000_000  # at most: files are stamped with the time of the last timer tick
 
+# Of these, Linux since 6.13 stamps what was looked at since its last change with the exact time (FS_MGTIME).
+_MULTIGRAIN = ("btrfs", "ext4", "tmpfs", "xfs")
+_LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 # Nodes that a kernel may hold references to; each takes some 400 bytes here.
 NODES = 4_000_000
@@ -111,6 +112,7 @@ class NodeTable:
         self.root.lookups = 1
         self.by_id = {ROOT_ID: self.root}
         self.by_key = {(info.st_dev, info.st_ino): self.root}
+        self._exact = info.st_dev if _LINUX >= (6, 13) and linux.file_system(root) in _MULTIGRAIN else None
         self.limit = limit or min(max(raise_descriptor_limit() // 2, 64), 65536)
         self.lock = threading.Lock()
         # Ids of different servers of one mount do not meet: a kernel that kept ids over a lost server gets ESTALE.
@@ -119,6 +121,10 @@ class NodeTable:
         self._mount_fd: Fd | None = None  # for handles; None until asked, or when there are none
         self._handles = os.geteuid() == 0
         self.journal: Journal | None = None
+
+    def tick(self, info: os.stat_result) -> int:
+        """How many ns the ctime of a file must lie back before "unchanged since" can be told by it."""
+        return 0 if info.st_dev == self._exact else TICK_NS
 
     def get(self, nodeid: int) -> Node:
         """The node of this id; ESTALE when the kernel cannot mean any."""

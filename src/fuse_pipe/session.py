@@ -252,9 +252,7 @@ class Session:
             replies.append(reply)
             return
         nodeid = _IN(message)[3]
-        with (
-            self._news
-        ):  # or another thread's answer, for which there is no news any more, goes before the notification
+        with self._news:  # else the answer to another thread, for which it is no news any more, might overtake this one
             if locking.is_news(self.volume, nodeid):
                 notify.send(((m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0),), reply))
             else:

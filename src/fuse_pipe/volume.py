@@ -15,7 +15,7 @@ from time import time_ns
 
 from fuse_pipe import messages as m
 from fuse_pipe.journal import Journal
-from fuse_pipe.nodes import TICK_NS, Fd, Node, NodeTable, raise_descriptor_limit, state_of
+from fuse_pipe.nodes import Fd, Node, NodeTable, raise_descriptor_limit, state_of
 from fuse_pipe.records import RecordLocks
 from fuse_pipe.watch import Watcher
 
@@ -237,7 +237,7 @@ class Volume:
     def fresh(self, node: Node, info: os.stat_result) -> bool:
         """Whether what the kernel may have cached of the data still holds; it is noted as doing so from now on."""
         data = (info.st_ctime_ns, info.st_size)
-        same = node.data == data and node.data_at - info.st_ctime_ns > TICK_NS
+        same = node.data == data and node.data_at - info.st_ctime_ns > self.table.tick(info)
         node.data, node.data_at = data, time_ns()
         return same
 
