@@ -25,8 +25,10 @@ def fcvm(spec: dict[str, object]) -> tuple[float, dict[str, float]]:
     envelope = {"args": {"fcvm_command": "podman", "action": "run", "spec": spec}, "settings": {}}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "fcvm.cli.remote", json.dumps(envelope)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "fcvm.cli.remote", json.dumps(envelope)], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     total = time.monotonic() - started
     rows = [line.rsplit(None, 4) for line in done.stderr.splitlines() if line.endswith(" s")]
     return total, {row[0].strip(): float(row[3]) for row in rows}
