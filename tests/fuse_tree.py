@@ -309,3 +309,22 @@ def difference(tree: Tree, plain: Tree, operations: list[Operation]) -> str:
         return ""
     finally:
         os.umask(old)
+
+
+def plant(path: Path, files: int) -> None:
+    """A tree with every kind of file, for programs that copy trees; ``files`` are ordinary ones, each larger than the last."""
+    (path / "files").mkdir(parents=True)
+    for n in range(files):
+        (path / "files" / f"{n}").write_text(f"{n}\n" * n * 100)
+    (path / "empty").mkdir()
+    (path / "link").symlink_to("files/1")
+    (path / "dangling").symlink_to("/nowhere")
+    (path / "hard").hardlink_to(path / "files" / "0")
+    os.mkfifo(path / "fifo")
+    (path / "big").write_bytes(os.urandom(1_000_000))
+    (path / "mode").write_text("x")
+    (path / "mode").chmod(0o4751)
+    os.chown(path / "empty", 1234, 5678)
+    with (path / "sparse").open("wb") as file:
+        file.seek(4 << 20)
+        file.write(b"end")

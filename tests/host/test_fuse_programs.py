@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fuse_support
+import fuse_tree
 import pytest
 from fuse_support import Mount
 
@@ -39,22 +40,10 @@ def listing(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree with every kind of file."""
+    """A tree with every kind of file, and Python's sources of one package."""
     path = tmp_path_factory.mktemp("sample") / "tree"
-    shutil.copytree(Path(os.__file__).parent / "json", path / "json")
+    fuse_tree.plant(path, files=50)
     shutil.copytree(Path(os.__file__).parent / "email", path / "email")
-    (path / "empty").mkdir()
-    (path / "link").symlink_to("json/decoder.py")
-    (path / "dangling").symlink_to("/nowhere")
-    os.link(path / "json" / "decoder.py", path / "hard")
-    os.mkfifo(path / "fifo")
-    (path / "big").write_bytes(os.urandom(3_000_000))
-    (path / "mode").write_text("x")
-    (path / "mode").chmod(0o4751)
-    os.chown(path / "empty", 1234, 5678)
-    with (path / "sparse").open("wb") as file:
-        file.seek(50 << 20)
-        file.write(b"end")
     return path
 
 
@@ -87,7 +76,7 @@ def test_tar_both_ways(here: Path, sample: Path) -> None:
     run("tar", "--xattrs", "-xpf", here / "a.tar", "-C", here / "out")
     assert listing(here / "out") == listing(sample)
     run("diff", "-r", "--no-dereference", "--exclude=fifo", sample, here / "out")
-    assert os.stat(here / "out" / "hard").st_ino == os.stat(here / "out" / "json" / "decoder.py").st_ino
+    assert os.stat(here / "out" / "hard").st_ino == os.stat(here / "out" / "files" / "0").st_ino
     run("tar", "-df", here / "a.tar", "-C", here / "out")
 
 

@@ -147,7 +147,7 @@ def test_git(guest: Guest) -> None:
 
 def test_tar_and_rsync(guest: Guest) -> None:
     sample = guest.host / "sample"
-    plant(sample)
+    fuse_tree.plant(sample, files=10)
     guest.shell("""
         tar --xattrs -Scf a.tar -C sample .
         mkdir out; tar --xattrs -xpf a.tar -C out; tar -df a.tar -C out
@@ -161,25 +161,6 @@ def test_tar_and_rsync(guest: Guest) -> None:
         assert listing(guest.host / name) == listing(sample)
         run("diff", "-r", "--no-dereference", "--exclude=fifo", sample, guest.host / name)
     assert (guest.host / "out" / "sparse").stat().st_blocks * 512 < 1 << 20
-
-
-def plant(path: Path) -> None:
-    """A tree with every kind of file."""
-    (path / "files").mkdir(parents=True)
-    for n in range(10):
-        (path / "files" / f"{n}").write_text(f"{n}\n" * n * 100)
-    (path / "empty").mkdir()
-    (path / "link").symlink_to("files/1")
-    (path / "dangling").symlink_to("/nowhere")
-    (path / "hard").hardlink_to(path / "files" / "0")
-    os.mkfifo(path / "fifo")
-    (path / "big").write_bytes(os.urandom(1_000_000))
-    (path / "mode").write_text("x")
-    (path / "mode").chmod(0o4751)
-    os.chown(path / "empty", 1234, 5678)
-    with (path / "sparse").open("wb") as file:
-        file.seek(4 << 20)
-        file.write(b"end")
 
 
 def listing(path: Path) -> list[str]:
