@@ -1,6 +1,7 @@
 """A VM's supervisor without a VM: what happens when it cannot even start."""
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ from fcvm import config as settings
 from fcvm.errors import AgentError, ConflictError, FcvmError
 from fcvm.firecracker.process import Console
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, state, supervisor
+from fcvm.vm import background, rpc, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
 from fcvm.vm.start import Boot
 from fcvm.vm.supervisor import Supervisor
@@ -68,6 +69,43 @@ def test_a_vm_whose_streams_break_ends_and_says_why(tmp_path: Path, monkeypatch:
         vm.carry_streams()  # there is no vsock device
         with pytest.raises(AgentError, match=r"cannot be read any more: .*No such file.* \(console\)"):
             vm._loop()
+
+
+@pytest.mark.parametrize("phase", ["starting", "warming", "captured"])
+def test_a_stop_before_there_is_a_container_ends_the_vm(phase: str, tmp_path: Path) -> None:
+    """Its agent would keep the wish for its container, in the boot snapshot that is about to be taken as well."""
+    spec = RunSpec(name="early", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    captured: list[object] = []
+    start = SimpleNamespace(capture=captured.append)
+    vm = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), start)  # type: ignore[arg-type]
+    killed: list[bool] = []
+    vm.firecracker = SimpleNamespace(process=SimpleNamespace(kill=lambda: killed.append(True)))  # type: ignore[assignment]
+    vm._phase = phase
+    vm._carry_out({"op": "stop"})
+    vm._on_warmed_message({"type": "warmed"})  # it was on its way
+    assert killed
+    assert not captured
+
+
+@pytest.mark.parametrize("request_", [b"[]", b"x", b"", b'{"op": "stop", "timeout": "soon"}', b"[" * 100_000, b'{"op": 1}'])
+def test_a_malformed_request_does_not_end_a_vm(request_: bytes, tmp_path: Path) -> None:
+    spec = RunSpec(name="calm", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    vm = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), Boot(None))  # type: ignore[arg-type]
+    theirs, ours = socket.socketpair()
+    vm._requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
+    with theirs:
+        theirs.sendall(request_ + b"\n")
+        vm._on_request()
+        assert "error" in json.loads(theirs.makefile().readline())
+
+
+def test_a_supervisor_that_ends_while_it_is_asked_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(socket.socket):
+        def sendall(self, *_: object) -> None:  # type: ignore[override]
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(rpc.sockets, "connect", lambda *_, **__: Gone())
+    assert rpc.call(tmp_path, {"op": "stop"}) is None
 
 
 @pytest.mark.parametrize(

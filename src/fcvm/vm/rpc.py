@@ -12,7 +12,7 @@ import json
 import socket
 from pathlib import Path
 
-from fcvm.errors import FcvmError, NotFoundError
+from fcvm.errors import FcvmError, NotFoundError, UsageError
 from fcvm.linux import sockets
 
 TYPE_CHECKING = False
@@ -35,7 +35,7 @@ def call(directory: Path, request: dict[str, Any], *, timeout: float | None = No
             line = read_line(connection)
     except TimeoutError as error:
         raise FcvmError("The VM's supervisor does not answer.", hint="fcvm ls") from error
-    except ConnectionResetError:
+    except (ConnectionResetError, BrokenPipeError):  # it ended before it had accepted us, or read what we said
         return None
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise NotFoundError("The VM is not running.", hint="fcvm ls --all") from error
@@ -45,6 +45,17 @@ def call(directory: Path, request: dict[str, Any], *, timeout: float | None = No
     if "error" in answer:
         raise FcvmError(answer["error"], hint=answer.get("hint"), exit_code=answer.get("exit_code", 125))
     return answer
+
+
+def receive(connection: socket.socket) -> dict[str, Any]:
+    """The request that opens a connection; raises UsageError if it is none, OSError if it does not come."""
+    try:
+        request = json.loads(read_line(connection))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"The request is malformed: {error}.") from error
+    if not isinstance(request, dict) or not isinstance(request.get("timeout"), int | float | None):
+        raise UsageError("The request is malformed.")
+    return request
 
 
 def read_line(connection: socket.socket) -> bytes:

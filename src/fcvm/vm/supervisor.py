@@ -13,7 +13,6 @@ It neither touches signals nor the terminal, so that a clone server can run many
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import socket
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 STREAMS_MARGIN = 10.0  # seconds in which what has broken the container's streams may say more of itself, as Firecracker's end does
+UNPLANNED = ("starting", "warming", "captured")  # phases in which there is no container to stop, and a boot snapshot may be taken
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
 
@@ -359,7 +359,7 @@ class Supervisor:
 
     def _on_warmed_message(self, message: dict[str, Any]) -> None:
         """The agent has run a container of its own once: now a snapshot has in memory all that the next ones need."""
-        if self._phase == "warming":
+        if self._phase == "warming" and not self._killing:
             self.timings.mark("warm")
             self._phase = "captured"
             if not self._start.capture(self):
@@ -429,7 +429,7 @@ class Supervisor:
         connection, _ = self._requests.accept()
         connection.settimeout(5.0)
         try:
-            request = json.loads(rpc.read_line(connection) or b"{}")
+            request = rpc.receive(connection)
             if request.get("op") in ("stop", "kill"):
                 self._waiting.append(connection)
                 self._carry_out(request)
@@ -437,8 +437,8 @@ class Supervisor:
                 rpc.answer(connection, operations.perform(self, request))
         except FcvmError as error:
             rpc.answer(connection, rpc.failure(error))
-        except (OSError, ValueError) as error:
-            rpc.answer(connection, {"error": f"The request is malformed: {error}."})
+        except OSError as error:
+            rpc.answer(connection, {"error": f"The request cannot be carried out: {error}."})
 
     def _answer_waiting(self, reply: dict[str, Any]) -> None:
         for connection in self._waiting:
@@ -452,7 +452,7 @@ class Supervisor:
         if request["op"] == "reachable":
             self._note(request["ports"], loopback_only=False)
             return
-        if request["op"] == "kill" or self._phase == "starting":
+        if request["op"] == "kill" or self._phase in UNPLANNED:
             self._kill()
             return
         timeout = request.get("timeout")
