@@ -153,3 +153,12 @@ def test_a_configuration_of_another_image(tmp_path: Path) -> None:
         disk.parse_config(other, manifest)
     with pytest.raises(ImageError, match="damaged"):
         disk.parse_config(b"{", manifest)
+
+
+@pytest.mark.parametrize("change", [{"rootfs": {"diff_ids": ["md5:0"]}}, {"rootfs": {"diff_ids": [5]}}, {"config": [1]}, {"rootfs": []}])
+def test_a_configuration_that_makes_no_sense(change: dict[str, object]) -> None:
+    raw = json.dumps({"rootfs": {"diff_ids": ["sha256:" + "0" * 64]}, **change}).encode()
+    id = hashlib.sha256(raw).hexdigest()
+    manifest = disk.Manifest(b"", "sha256:" + "1" * 64, id, (disk.Blob("sha256:" + "2" * 64, 1),))
+    with pytest.raises(ImageError, match="damaged"):
+        disk.parse_config(raw, manifest)

@@ -1,5 +1,6 @@
 """fcvm.snapshots.store: published whole or not at all, and not removed while in use."""
 
+import json
 import os
 import signal
 import subprocess
@@ -221,11 +222,15 @@ def test_prune_keeps_what_the_user_made(layout: Layout) -> None:
     assert [name for name, _ in store.prune(layout, everything=True)] == ["mine"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}'])
-def test_damaged_manifest_is_a_clear_error(layout: Layout, content: str) -> None:
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "[" * 100_000, '{"schema": 1}', '{"schema": 99}', {"created_at": "then"}, {"disks": []}, {"disks": {"a": 1}}, {"image": []},
+])  # fmt: skip
+def test_damaged_manifest_is_a_clear_error(layout: Layout, content: str | dict[str, object]) -> None:
     make(layout, "warm")
     path = layout.snapshots / "warm/config.json"
     path.chmod(0o644)
+    if isinstance(content, dict):  # all but this is right
+        content = json.dumps({**json.loads(path.read_text()), **content})
     path.write_text(content)
     with pytest.raises(SnapshotError, match="'warm'") as caught:
         store.find(layout, "warm")
@@ -295,3 +300,11 @@ def test_host_is_read_from_an_arm64_cpuinfo(tmp_path: Path) -> None:
     assert host.flags == ("asimd", "fp")
     assert host.vendor.endswith("0x41")
     assert host.cpu == "0xd0c"
+
+
+@pytest.mark.parametrize("name", ["lost+found", "two words", "-dash"])
+def test_directories_that_cannot_be_snapshots_are_left_alone(layout: Layout, name: str) -> None:
+    (layout.snapshots / name).mkdir()
+    assert store.tags(layout) == []
+    assert store.prune(layout, everything=True) == []
+    assert (layout.snapshots / name).is_dir()

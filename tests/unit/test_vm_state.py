@@ -1,5 +1,6 @@
 """The record of each VM and the question whether it lives."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -116,7 +117,16 @@ def test_bad_names(name: str) -> None:
         state.check_name(name)
 
 
-def test_a_record_of_another_schema_or_torn_is_ignored(layout: Layout) -> None:
-    (layout.state / "x.json").write_text('{"schema": 99}')
-    (layout.state / "y.json").write_text("{")
-    assert list(state.records(layout)) == []
+@pytest.mark.parametrize("content", ['{"schema": 99}', "{", "[]", "null", '"text"', '{"schema": 1, "created_at": "then"}'])
+def test_a_record_of_another_schema_or_torn_is_ignored(layout: Layout, content: str) -> None:
+    entry = state.register(layout, record("web"))
+    (layout.state / "x.json").write_text(content)
+    assert [found.name for found in state.records(layout)] == ["web"]
+    entry.close()
+
+
+def test_a_dead_vm_seems_dead_to_all_who_look_at_once(layout: Layout) -> None:
+    (layout.state / "dead.lock").touch()
+    with open(layout.state / "dead.lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as is_alive does, in another process
+        assert not state.is_alive(layout, "dead")

@@ -71,7 +71,7 @@ def parse_manifest(raw: bytes) -> Manifest:
             raise ImageError(f"This is not a container image but an artifact of type {kind}.")
         layers = tuple(Blob(_digest(entry["digest"]), int(entry["size"])) for entry in document["layers"])
         id = _digest(document["config"]["digest"]).removeprefix("sha256:")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(
             "The manifest of the image cannot be read: it is damaged, or of a kind that is no longer used.",
             hint="skopeo copy --format=oci IMAGE oci:DIRECTORY converts old ones",
@@ -87,8 +87,9 @@ def parse_config(raw: bytes, manifest: Manifest) -> dict[str, Any]:
     """
     try:
         config = json.loads(raw)
-        matches = len(config["rootfs"]["diff_ids"]) == len(manifest.layers)
-    except (ValueError, KeyError, TypeError) as error:
+        matches = len([_digest(diff_id) for diff_id in config["rootfs"]["diff_ids"]]) == len(manifest.layers)
+        dict(config.get("config") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError("The configuration of the image is damaged.") from error
     if hashlib.sha256(raw).hexdigest() != manifest.id or not matches:
         raise ImageError("The image is damaged: its configuration does not belong to its manifest.")
@@ -120,7 +121,7 @@ def write(fd: int, source: Path, manifest: Manifest, config: bytes, progress: Ca
         path = source / blob.digest.removeprefix("sha256:")
         with compression.open_layer(path, progress) as stream:
             tree, record = layer.read(stream, writer, trees)
-            diff_size = stream.finish(expected=_digest(diff_id))
+            diff_size = stream.finish(expected=diff_id)
         id = layer_id(chain[-1] if chain else None, diff_id)
         short = f"{number:X}"
         # Each layer knows those under it by their short names; podman joins them to one mount option of 4 KiB at most.

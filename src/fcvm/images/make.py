@@ -87,7 +87,7 @@ def _convert(
         os.close(fd)
     config = {key: value for key, value in (settings.get("config") or {}).items() if value}
     return target, store.Metadata(
-        manifest.digest, f"sha256:{manifest.id}", theirs, size, settings.get("created") or "", config
+        manifest.digest, f"sha256:{manifest.id}", theirs, size, str(settings.get("created") or ""), config
     )
 
 

@@ -21,6 +21,7 @@ from fc_agent.structs import Struct, asdict, field
 from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
 from fcvm.images import reference as references
 from fcvm.images import registries
+from fcvm.storage import records
 from fcvm.storage.layout import Layout, locked, remove
 
 TYPE_CHECKING = False
@@ -90,9 +91,8 @@ def disk_path(layout: Layout, key: str) -> Path:
 def read_metadata(disk: Path) -> Metadata | None:
     """What ``<key>.json`` beside the disk says; None if one of them is missing or of another version."""
     try:
-        values = json.loads(disk.with_suffix(".json").read_text())
-        metadata = Metadata(**values)
-    except (OSError, ValueError, TypeError):
+        metadata = records.read(Metadata, disk.with_suffix(".json"))
+    except (OSError, ValueError):
         return None
     return metadata if metadata.version == VERSION and disk.exists() else None
 
@@ -119,7 +119,7 @@ def put(layout: Layout, key: str, disk: Path, metadata: Metadata, *, name: str =
 def names(layout: Layout) -> dict[str, Name]:
     """Every name."""
     try:
-        values = json.loads((layout.images / "names.json").read_text())
+        values = records.load(layout.images / "names.json")
         return {name: Name(entry["key"], entry.get("stamp", "")) for name, entry in values["names"].items()}
     except FileNotFoundError:
         return {}

@@ -19,10 +19,11 @@ from pathlib import Path
 from fc_agent.structs import Struct, asdict, fields
 from fcvm import config as settings
 from fcvm.errors import HostError
+from fcvm.storage import records
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Literal
+    from typing import Literal
 
     Phase = Literal["stopped", "starting", "running", "stopping", "broken"]
 
@@ -137,9 +138,9 @@ class State(Struct):
 def read(places: Places) -> State:
     """The machine's state, true now: that of a keeper that is gone shows as stopped, or broken if it said so."""
     try:
-        values: dict[str, Any] = json.loads(places.state.read_text())
-        state = State(**{name: values[name] for name in fields(State) if name in values})
-    except (OSError, ValueError, TypeError):
+        values = records.load(places.state)
+        state = records.checked(State, {name: values[name] for name in fields(State) if name in values})
+    except (OSError, ValueError):
         state = State()
     if alive(places):
         return state

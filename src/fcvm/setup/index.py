@@ -14,10 +14,11 @@ import os
 import re
 from pathlib import Path
 
-from fc_agent.structs import Struct, asdict
+from fc_agent.structs import Struct, asdict, replace
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
 from fcvm.setup import keys, recipe
+from fcvm.storage import records
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 PROFILES = ("debian", "kata")
@@ -80,8 +81,8 @@ def image_pointer(config: Config, base: Path) -> Path:
 def image(config: Config, base: Path) -> Image | None:
     """The image in data directory ``base``; None if it is not there as a whole."""
     try:
-        found = Image(**json.loads(image_pointer(config, base).read_text()))
-    except (OSError, ValueError, TypeError):
+        found = records.read(Image, image_pointer(config, base))
+    except (OSError, ValueError):
         return None
     return found if found.complete(base) else None
 
@@ -126,8 +127,8 @@ def kata_pointer(config: Config, base: Path) -> Path:
 def kata(config: Config, base: Path) -> Kata | None:
     """The kata kernel in data directory ``base``; None if it is not there."""
     try:
-        found = Kata(**json.loads(kata_pointer(config, base).read_text()))
-    except (OSError, ValueError, TypeError):
+        found = records.read(Kata, kata_pointer(config, base))
+    except (OSError, ValueError):
         return None
     return found if (base / "kernels" / found.id / "vmlinux").exists() else None
 
@@ -166,10 +167,10 @@ class Firecracker(Struct):
 def firecracker(config: Config, base: Path) -> Firecracker | None:
     """The binary chosen for data directory ``base``; None if there is none, or it has changed."""
     try:
-        values = json.loads((base / "bin/firecracker.json").read_text())
-        choice = Firecracker(**{**values, "path": str(base / values["path"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        stored = records.read(Firecracker, base / "bin/firecracker.json")
+    except (OSError, ValueError):
         return None
+    choice = replace(stored, path=str(base / stored.path))
     return choice if choice.valid(config) else None
 
 

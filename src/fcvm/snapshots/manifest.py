@@ -14,6 +14,7 @@ from pathlib import Path
 from fc_agent.structs import Struct, asdict, field, fields
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.boot import Hardware
+from fcvm.storage import records
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,17 +87,20 @@ class Manifest(Struct):
             SnapshotError: it is missing, damaged, or of another schema.
         """
         try:
-            values = json.loads((directory / NAME).read_text())
+            values = records.load(directory / NAME)
             if values.get("schema") != SCHEMA:
                 raise SnapshotError(
                     f"The snapshot {directory.name!r} has format {values.get('schema')}, this fcvm reads {SCHEMA}.",
                     hint=f"fcvm snapshots rm {directory.name}, then make it again",
                 )
-            values["hardware"] = Hardware(**values["hardware"])
+            values["hardware"] = records.checked(Hardware, values["hardware"])
             host = values["host"]
-            values["host"] = Host(**{**host, "flags": tuple(host["flags"])})
+            values["host"] = records.checked(Host, {**host, "flags": tuple(host["flags"])})
             known = set(fields(cls))
-            return cls(**{name: value for name, value in values.items() if name in known})
+            manifest = records.checked(cls, {name: value for name, value in values.items() if name in known})
+            if not all(isinstance(path, str) for path in manifest.disks.values()):
+                raise ValueError(f"disks is {manifest.disks!r}")
+            return manifest
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(
                 f"The snapshot {directory.name!r} is damaged: its {NAME} cannot be read: {error}.",

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 
 from fcvm.errors import ConflictError, FcvmError, NotFoundError
 from fcvm.linux import sockets
+from fcvm.storage import records
 from fcvm.storage.layout import Layout, locked, remove
 
 TYPE_CHECKING = False
@@ -68,7 +69,7 @@ def running(layout: Layout) -> list[dict[str, Any]]:
     found = []
     for directory in filter(_alive, _directories(layout)):
         with contextlib.suppress(OSError, ValueError, FcvmError):  # it starts, or ends
-            info = json.loads((directory / INFO).read_text())
+            info = records.load(directory / INFO)
             found.append({**info, **call(layout, int(directory.name), {"op": "status"})})
     return found
 
@@ -109,7 +110,7 @@ def find(layout: Layout, word: str) -> list[int]:
 def _tag(directory: Path) -> str | None:
     """The tag of what the server of ``directory`` serves; None while it starts or ends."""
     try:
-        return str(json.loads((directory / INFO).read_text())["tag"])
+        return str(records.load(directory / INFO)["tag"])
     except (OSError, ValueError, KeyError):
         return None
 

@@ -28,7 +28,7 @@ from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError
 from fcvm.snapshots import manifest as manifests
 from fcvm.snapshots.manifest import Manifest
-from fcvm.snapshots.tags import CREATING, REMOVING, check_tag
+from fcvm.snapshots.tags import CREATING, REMOVING, check_tag, is_tag
 from fcvm.storage.layout import Layout
 from fcvm.storage.layout import remove as remove_path
 
@@ -144,8 +144,8 @@ def find(layout: Layout, tag: str) -> Snapshot:
 
 
 def tags(layout: Layout) -> list[str]:
-    """The names of all snapshots, readable or not."""
-    return sorted(p.name for p in layout.snapshots.iterdir() if p.is_dir() and not _is_temporary(p))
+    """The names of all snapshots, readable or not; what cannot be a snapshot's is somebody else's."""
+    return sorted(p.name for p in layout.snapshots.iterdir() if is_tag(p.name) and p.is_dir())
 
 
 def snapshots(layout: Layout) -> list[Snapshot]:
@@ -304,4 +304,8 @@ def _sync(path: Path) -> None:
 
 
 def _bytes_on_disk(directory: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in directory.iterdir())
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # somebody removes it at this moment
+        for path in directory.iterdir():
+            total += path.lstat().st_blocks * 512
+    return total

@@ -9,9 +9,14 @@ CREATING = ".creating"
 REMOVING = ".removing"
 
 
+def is_tag(name: str) -> bool:
+    """Whether ``name`` can name a snapshot."""
+    return re.fullmatch(TAG, name) is not None and not name.endswith((CREATING, REMOVING))
+
+
 def check_tag(tag: str) -> str:
     """``tag`` if it can name a snapshot; raises UsageError."""
-    if not re.fullmatch(TAG, tag) or tag.endswith((CREATING, REMOVING)):
+    if not is_tag(tag):
         raise UsageError(
             f"{tag!r} cannot name a snapshot.",
             hint="use letters, digits, '_', '.' and '-', beginning with a letter or digit, at most 63",

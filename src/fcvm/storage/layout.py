@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fc_agent.structs import Struct
+from fcvm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,9 +48,19 @@ class Layout(Struct):
         return Path(self.root)
 
     def place(self, name: str) -> str:
-        """``root/name``, made if it is missing (parents too)."""
+        """``root/name``, made if it is missing (parents too).
+
+        Raises:
+            HostError: it is not there and cannot be made.
+        """
         path = os.path.join(self.root, name)
-        os.makedirs(path, exist_ok=True)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            raise HostError(
+                f"The data directory {self.root} cannot be used: {reason}.", hint="FCVM_BASE_DIR=DIRECTORY chooses another place"
+            ) from error
         return path
 
     def directory(self, name: str) -> Path:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from fc_agent.structs import Struct, asdict, field, replace
 from fcvm.errors import ConflictError, NotFoundError, UsageError
+from fcvm.storage import records as records_on_disk
 from fcvm.storage.layout import Layout, locked, remove
 
 TYPE_CHECKING = False
@@ -130,13 +131,12 @@ def write(layout: Layout, record: Record) -> None:
 
 
 def read(layout: Layout, vm_id: str) -> Record | None:
-    """The record of ``vm_id``; None when it is gone or from another schema."""
+    """The record of ``vm_id``; None when it is gone, damaged or of another schema."""
     try:
-        with open(_path(layout, vm_id, "json")) as file:
-            values = json.load(file)
-        return Record(**values) if values.get("schema") == SCHEMA else None
-    except (OSError, ValueError, TypeError):
+        record = records_on_disk.read(Record, _path(layout, vm_id, "json"))
+    except (OSError, ValueError):
         return None
+    return record if record.schema == SCHEMA else None
 
 
 def records(layout: Layout) -> Iterator[Record]:
@@ -152,7 +152,7 @@ def is_alive(layout: Layout, vm_id: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others who look now do not make it seem alive
         return False
     except BlockingIOError:
         return True
