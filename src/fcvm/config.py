@@ -1,16 +1,18 @@
 """All settings, in one table: it makes the TOML file, the ``FCVM_*`` variables, and the documentation.
 
-A value is looked for in this order: what the command line says (``overrides``), the environment (``FCVM_BASE_DIR``),
-the user's file (``~/.config/fcvm/config.toml``), the system's (``/etc/fcvm/config.toml``), the default below.
-``FCVM_CONFIG`` names a file that replaces both files. ``fcvm setup --generate-config`` prints ``generate()``.
+A value is looked for in this order: what the command line says (``overrides``), the environment (``FCVM_BASE_DIR``; an
+empty variable counts as not set), the user's file (``~/.config/fcvm/config.toml``), the system's
+(``/etc/fcvm/config.toml``), the default below. ``FCVM_CONFIG`` names a file that replaces both files. ``fcvm setup --generate-config`` prints ``generate()``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 
 from fc_agent.structs import Struct
+from fcvm import log
 from fcvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -34,12 +36,41 @@ def size(text: str) -> int:
         ValueError: it is not a positive size of at least 1 MiB.
     """
     units = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
-    word = text.strip().lower().removesuffix("b").removesuffix("i")
-    unit = word[-1:] if word[-1:].isalpha() else ""
-    mib = int(float(word.removesuffix(unit)) * units[unit]) if unit in units else 0
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower(), re.ASCII)
+    mib = int(float(found[1]) * units[found[2]]) if found else 0
     if mib < 1:
         raise ValueError(f"{text!r} is not a size like 512m or 2g")
     return mib
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from ``least`` on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\s*-?[0-9]{1,15}\s*", text, re.ASCII) or int(text) < least:
+            raise ValueError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser that takes one of ``words``."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def directory(text: str) -> str:
+    """An absolute path: ``~`` is the home directory, and what is relative starts from the current directory."""
+    path = os.path.expanduser(text)
+    if not path or path.startswith("~"):
+        raise ValueError(f"{text!r} names no directory")
+    return os.path.abspath(path)
 
 
 def boolean(text: str) -> bool:
@@ -68,26 +99,26 @@ def default_runtime_dir() -> str:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("base_dir", str, default_base_dir, "Data directory: kernels, images, VMs, snapshots."),
+    Setting("base_dir", directory, default_base_dir, "Data directory: kernels, images, VMs, snapshots."),
     Setting("storage_size", size, "32g", "Size of the loopback btrfs that setup makes at base_dir when run as root."),
-    Setting("log", str, "warning", "What fcvm says about itself on stderr: debug, info, warning or error."),
+    Setting("log", one_of(*log.LEVELS), "warning", "What fcvm says about itself on stderr: debug, info, warning or error."),
     Setting("firecracker", str, "", "Firecracker binary to use; empty: PATH, then the pinned official release."),
     Setting("nv2", boolean, "no", "arm64: VMs that can run VMs; Firecracker, a fork that knows it, gets --enable-nv2."),
-    Setting("kernel_profile", str, "debian", "Guest kernel: debian (the cloud kernel) or kata (a release archive)."),
+    Setting("kernel_profile", one_of("debian", "kata"), "debian", "Guest kernel: debian (the cloud kernel) or kata (a release archive)."),
     Setting("kernel_url", str, "", "Where the kata kernel's release archive is fetched; empty: its official address."),
     Setting("kernel_sha256", str, "", "Checksum of the archive at kernel_url."),
     Setting("debian_suite", str, "trixie", "Debian release of the guest image and its kernel."),
     Setting("debian_mirror", str, "", "Debian mirror; empty: the one that this host's apt uses, or Debian's own."),
     Setting("further_images", str, "", "Another data directory, whose images are used where this one has none of that name."),
-    Setting("cpu", int, 2, "Virtual CPUs of a VM, unless --cpu says otherwise."),
+    Setting("cpu", count(1), 2, "Virtual CPUs of a VM, unless --cpu says otherwise."),
     Setting("mem", size, "1g", "Memory of a VM, unless --mem says otherwise."),
     Setting("scratch_size", size, "10g", "Size of a VM's writable disk (sparse: it takes what is written)."),
-    Setting("stop_timeout", int, 10, "Seconds between a container's stop signal and its kill."),
+    Setting("stop_timeout", count(0), 10, "Seconds between a container's stop signal and its kill."),
     Setting("log_size", size, "64m", "Container output kept per VM for `fcvm logs`; older output is dropped."),
-    Setting("machine_cpus", int, lambda: os.cpu_count() or 1, "CPUs of the machine (hosts without KVM)."),
+    Setting("machine_cpus", count(1), lambda: os.cpu_count() or 1, "CPUs of the machine (hosts without KVM)."),
     Setting("machine_mem", size, "8g", "Memory of the machine; it takes from the host what it uses."),
     Setting("machine_disk", size, "64g", "Disk of the machine (sparse)."),
-    Setting("machine", str, "auto", "Run VMs in the machine: auto (when there is no usable KVM), always or never."),
+    Setting("machine", one_of("auto", "always", "never"), "auto", "Run VMs in the machine: auto (when there is no usable KVM), always or never."),
 )
 
 
@@ -135,7 +166,7 @@ def load(overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os
     """
     sources: list[tuple[str, Mapping[str, Any]]] = [
         ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
-        ("the environment", {s.name: env[v] for s in SETTINGS if (v := "FCVM_" + s.name.upper()) in env}),
+        ("the environment", {s.name: text for s in SETTINGS if (text := env.get("FCVM_" + s.name.upper()))}),
     ]
     sources += [(path, _read(path)) for path in files(env) if os.path.exists(path)]
     values = {}
@@ -145,7 +176,9 @@ def load(overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os
             ("the defaults", setting.default() if callable(setting.default) else setting.default),
         )
         try:
-            values[setting.name] = setting.parse(value if isinstance(value, str) else str(value))
+            if isinstance(value, list | dict):  # of a TOML file
+                raise ValueError(f"{value!r} is not one value")
+            values[setting.name] = setting.parse(str(value))
         except ValueError as error:
             raise UsageError(
                 f"The setting {setting.name} of {where} is wrong: {error}.",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from fc_agent.structs import Struct
 from fcvm.config import Config
-from fcvm.errors import HostError, UsageError
+from fcvm.errors import HostError
 
 KVM_DEVICE = "/dev/kvm"
 
@@ -131,12 +131,7 @@ def uses_machine(config: Config) -> bool:
     """Whether VM commands are to be forwarded to the machine.
 
     Not just because the user may not open a /dev/kvm that works: that is mended in a minute, and emulation is slow for ever.
-
-    Raises:
-        UsageError: the setting ``machine`` has an unknown value.
     """
-    if config.machine not in ("auto", "always", "never"):
-        raise UsageError(f"The setting machine is {config.machine!r} instead of auto, always or never.")
     return config.machine == "always" or (config.machine == "auto" and not kvm().usable and not kvm().forbidden)
 
 

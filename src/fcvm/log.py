@@ -21,9 +21,9 @@ _start = time.monotonic()
 
 
 def configure(level: str) -> None:
-    """Show messages of ``level`` and above; an unknown level shows warnings and errors."""
+    """Show messages of ``level``, one of ``LEVELS``, and above."""
     global _threshold
-    _threshold = LEVELS.index(level) if level in LEVELS else LEVELS.index("warning")
+    _threshold = list[str](LEVELS).index(level)
 
 
 def _say(level: Level, message: str) -> None:

@@ -14,7 +14,7 @@ from fcvm import config, host
 from fcvm.cli import doctor
 from fcvm.cli.context import Context
 from fcvm.config import Config
-from fcvm.errors import HostError, UsageError
+from fcvm.errors import HostError
 from fcvm.linux import namespaces
 from fcvm.setup import checks
 from fcvm.setup.checks import Check
@@ -81,11 +81,6 @@ def test_a_kvm_without_permission_is_no_reason_to_emulate(settings: Config, monk
     with pytest.raises(HostError, match="You may not") as raised:
         host.need_kvm()
     assert raised.value.hint == "sudo this"
-
-
-def test_an_unknown_setting_for_the_machine_is_refused(settings: Config) -> None:
-    with pytest.raises(UsageError, match="auto, always or never"):
-        host.uses_machine(structs.replace(settings, machine="maybe"))
 
 
 def test_cpu_flags_of_both_architectures(tmp_path: Path) -> None:

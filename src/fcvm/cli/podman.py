@@ -196,9 +196,9 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "workdir": args.workdir,
         "privileged": args.privileged,
         "labels": values.pairs(args.label, "--label"),
-        "cpu": spec.check_cpu(values.number(args.cpu, "--cpu", least=1) if args.cpu else config.cpu),
-        "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem else default_memory),
-        "scratch_size": values.size(args.scratch_size, "--scratch-size") if args.scratch_size else config.scratch_size,
+        "cpu": spec.check_cpu(values.number(args.cpu, "--cpu", least=1) if args.cpu is not None else config.cpu),
+        "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem is not None else default_memory),
+        "scratch_size": values.size(args.scratch_size, "--scratch-size") if args.scratch_size is not None else config.scratch_size,
         "kernel": kernel,
         "firecracker_args": profile.firecracker_args(
             values.words(args.firecracker_args or "", "--firecracker-args"), config
@@ -208,7 +208,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "detach": args.detach,
         "remove": args.rm,
         "stop_timeout": values.number(args.stop_timeout, "--stop-timeout")
-        if args.stop_timeout
+        if args.stop_timeout is not None
         else config.stop_timeout,
         "health_check": _url(args.health_check),
         "log_prefix": args.log_prefix,

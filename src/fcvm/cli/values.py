@@ -85,14 +85,11 @@ def size(text: str, option: str) -> int:
 def number(text: str, option: str, *, least: int = 0) -> int:
     """A whole number of at least ``least``; raises UsageError."""
     try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
+        return config.count(least)(text)
+    except ValueError as error:
         raise UsageError(
             f"{option} takes a whole number from {least} on, not {text!r}.", hint=f"{option} {max(least, 1)}"
-        )
-    return value
+        ) from error
 
 
 def words(text: str, option: str) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from fcvm import host
 from fcvm.config import Config
 from fcvm.errors import HostError, UsageError
-from fcvm.setup import index
 from fcvm.setup.kernel import NV2_OPTION
 from fcvm.storage.layout import Layout
 from fcvm.volumes.spec import Volume
@@ -62,7 +61,7 @@ def check(config: Config, kernel: str | None, kernel_version: str, words: list[s
                 f"On arm64 a VM that runs VMs needs Linux {ARM_KERNEL[0]}.{ARM_KERNEL[1]} or later; setup's is {kernel_version}.",
                 hint="--kernel FILE, one with KVM built in",
             )
-    elif kernel is None and index.profile(config) != "debian":
+    elif kernel is None and config.kernel_profile != "debian":
         raise UsageError(
             f"The kernel of the profile {config.kernel_profile} has no KVM.",
             hint="FCVM_KERNEL_PROFILE=debian, or --kernel FILE with one that has KVM built in",

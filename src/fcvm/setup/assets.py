@@ -104,7 +104,7 @@ def gather(config: Config, layout: Layout) -> Assets:
         raise SetupError(missing.format("the guest image is"), hint="fcvm setup")
     vmlinux = image_base / "kernels" / image.kernel / "vmlinux"
     initrd = machine_initrd = initrd_of(layout, image.kernel, image)
-    if index.profile(config) == "kata":
+    if config.kernel_profile == "kata":
         kata_base, kata = kata_of(config, layout)
         if kata is None:
             raise SetupError(missing.format("the kata kernel is"), hint="fcvm setup")

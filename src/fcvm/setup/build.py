@@ -24,7 +24,6 @@ def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = 
     Raises:
         SetupError, HostError, UsageError: see ``guest.build``, ``kata.build``, ``firecracker.build``, ``storage.ensure``.
     """
-    profile = index.profile(config)
     storage.ensure(layout.base, config.storage_size, progress)
     if not force:
         try:
@@ -37,7 +36,7 @@ def ensure(config: Config, layout: Layout, progress: Progress, *, force: bool = 
     if image is None:
         image = guest.build(config, layout, progress, force=force)
     ensure_initrd(layout, progress, base, image, image.kernel, base / "kernels" / image.kernel / "modules")
-    if profile == "kata":
+    if config.kernel_profile == "kata":
         kernel = assets.kata_of(config, layout)[1] or kata.build(config, layout, progress)
         ensure_initrd(layout, progress, base, image, kernel.id, None)
     return assets.find(config, layout)
@@ -88,7 +87,7 @@ def adopt(config: Config, layout: Layout, source: Path, progress: Progress) -> N
             hint="run `fcvm setup` of this version on the host it comes from",
         )
     wanted = [source / "kernels" / image.kernel, source / "guest" / image.id, index.image_pointer(config, source)]
-    if index.profile(config) == "kata" and (kernel := index.kata(config, source)):
+    if config.kernel_profile == "kata" and (kernel := index.kata(config, source)):
         wanted += [source / "kernels" / kernel.id, index.kata_pointer(config, source)]
     binary = index.firecracker(config, source)
     if binary is not None and binary.pinned:

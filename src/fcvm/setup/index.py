@@ -21,7 +21,6 @@ from fcvm.setup import keys, recipe
 from fcvm.storage import records
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-PROFILES = ("debian", "kata")
 
 KATA_VERSION = "3.32.0"
 KATA_URL = "https://github.com/kata-containers/kata-containers/releases/download/{version}/kata-static-{version}-{arch}.tar.zst"
@@ -92,13 +91,6 @@ class Kata(Struct):
 
     id: str
     version: str
-
-
-def profile(config: Config) -> str:
-    """The setting ``kernel_profile``; UsageError if there is no such profile."""
-    if config.kernel_profile not in PROFILES:
-        raise UsageError(f"The setting kernel_profile is {config.kernel_profile!r} instead of {' or '.join(PROFILES)}.")
-    return config.kernel_profile
 
 
 def kata_archive(config: Config) -> tuple[str, str]:
