@@ -1,11 +1,14 @@
 """The container's output: log, prefixes, following."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from fcvm.storage.rotating import RotatingFile
 from fcvm.vm import output as module
 from fcvm.vm.output import CLOSED, LOG, Output, follow_log, read_log
 
@@ -39,6 +42,42 @@ def test_the_log_keeps_the_newest_within_its_limit(tmp_path: Path) -> None:
     assert out.endswith(b"0999" + b"x" * 96)
     assert 9_000 <= len(out) <= 20_000
     assert len(out) % 100 == 0
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from fcvm.vm.output import Output, read_log
+output = Output(Path(sys.argv[1]) / "container.log", 1 << 20, show=False, prefix=False)
+output.write("stdout", b"before ")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+output.write("stdout", b"x" * 10_000)  # the disk takes a part of it
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+output.write("stdout", b"after")
+print(b"".join(data for _, _, data in read_log(Path(sys.argv[1]))).decode())
+"""
+
+
+def test_what_a_full_disk_loses_of_the_log_garbles_nothing_else(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "before after\n"
+
+
+def test_a_log_that_cannot_be_rotated_goes_on_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RotatingFile(tmp_path / "log", 10)
+    log.write(b"12345678")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        log.write(b"lost")
+    log.write(b"90")
+    log.write(b"next")
+    log.close()
+    assert [(tmp_path / name).read_bytes() for name in ("log.1", "log")] == [b"1234567890", b"next"]
+
+
+def refuse(*_: object) -> int:
+    raise OSError(28, "No space left on device")
 
 
 def test_prefixes_begin_every_line_once(tmp_path: Path, capfd) -> None:

@@ -1,5 +1,6 @@
 """A log file of limited size."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,18 +23,24 @@ class RotatingFile:
         self.size = os.fstat(self.fd).st_size
 
     def write(self, data: bytes) -> None:
-        """Append ``data``; a full disk loses it rather than the run (the log is a copy)."""
-        if self.size and self.size + len(data) > self.limit:
-            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
-            os.close(self.fd)
-            self._open()
+        """Append ``data``, all of it or nothing: a full disk loses it rather than the run (the log is a copy)."""
         try:
-            while data:
-                written = os.write(self.fd, data)
-                self.size += written
-                data = data[written:]
+            if self.size and self.size + len(data) > self.limit:
+                self._rotate()
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self.fd, rest) :]
+            self.size += len(data)
         except OSError:
-            pass
+            with contextlib.suppress(OSError):  # half a record would garble all those behind it
+                os.ftruncate(self.fd, self.size)
+
+    def _rotate(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        full = self.fd
+        self._open()  # raises before anything has changed
+        os.close(full)
 
     def close(self) -> None:
         if self.fd >= 0:
