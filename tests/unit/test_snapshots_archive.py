@@ -55,6 +55,25 @@ def test_export_to_stdout(layout: Layout, tmp_path: Path) -> None:
     assert store.tags(layout) == ["again", "warm"]
 
 
+def test_a_device_or_pipe_is_written_to_and_not_replaced(layout: Layout, tmp_path: Path) -> None:
+    """As root `fcvm snapshots export TAG /dev/null` would put a file there."""
+    pipe, file = tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cp", pipe, file]):
+        archive.export(layout, "warm", pipe)
+    assert pipe.is_fifo()
+    archive.import_archive(layout, file, "again")
+    assert store.tags(layout) == ["again", "warm"]
+    with pytest.raises(SnapshotError, match="cannot be written: Is a directory"):
+        archive.export(layout, "warm", tmp_path)
+
+
+def test_what_is_no_archive_is_told(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(SnapshotError, match="text is not an exported snapshot: it is damaged, or something else"):
+        archive.import_archive(layout, tmp_path / "text", "x")
+
+
 def test_missing_and_taken(layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         archive.import_archive(layout, tmp_path / "nothing.tar.zst", "x")

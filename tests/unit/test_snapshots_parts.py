@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fcvm.cli.snapshot import distributed, pool_size
 from fcvm.errors import FcvmError, NotFoundError, SnapshotError, UsageError
-from fcvm.linux import holes
+from fcvm.linux import holes, sockets
 from fcvm.snapshots import page_faults, servers, working_set
+from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.storage.layout import Layout
 
@@ -226,3 +227,22 @@ def test_registered_server_is_alone_and_found(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError):
             servers.call(layout, os.getpid(), {"op": "status"})
     assert not directory.exists()
+
+
+def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was killed and reaped while its connection waited."""
+    failed: list[str] = []
+    pidfd_open = os.pidfd_open
+
+    def gone(pid: int) -> int:
+        if pid == os.getpid():  # our connection is the clone
+            raise ProcessLookupError(3, "No such process")
+        return pidfd_open(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", gone)
+    file = sparse(tmp_path / "memory", 4, 1)
+    with MemoryServer(file, tmp_path / "sock", on_failure=lambda _pid, message: failed.append(message)) as server:
+        for _ in range(2):
+            with sockets.connect(tmp_path / "sock", timeout=30) as connection:
+                assert connection.recv(1) == b""
+        assert (server.faults(), server.error, failed) == ([], None, [])

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -37,13 +39,15 @@ def export(layout: Layout, tag: str, path: Path | None) -> None:
         if path is None:
             _write(tar, sys.stdout.buffer)
             return
+        if path.exists() and not path.is_file():  # a device or a pipe: not to be replaced by a file
+            with _writing(path), open(path, "wb", buffering=0) as file:
+                _write(tar, file)
+            return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with open(temporary, "xb") as file:
+            with _writing(path), open(temporary, "xb") as file:
                 _write(tar, file)
-            temporary.replace(path)
-        except OSError as error:
-            raise SnapshotError(f"{path} cannot be written: {error.strerror}.") from error
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -56,7 +60,7 @@ def import_archive(layout: Layout, path: Path, tag: str) -> Snapshot:
         HostError: zstd is not installed, or there is no space left.
     """
     if not path.is_file():
-        raise NotFoundError(f"There is no file {path}.")
+        raise NotFoundError(f"There is no file {path}.", hint=f"ls -l {path.parent}")
     with store.creating(layout, tag) as directory:
         zstd = spawn(["zstd", "--decompress", "--stdout", path.absolute()], stdout=subprocess.PIPE)
         try:
@@ -71,6 +75,14 @@ def import_archive(layout: Layout, path: Path, tag: str) -> Snapshot:
             zstd.communicate()
         Manifest.read(directory)
     return store.find(layout, tag)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be written: {error.strerror}.", hint=f"ls -ld {path.parent}") from error
 
 
 def _write(tar: list[str], file: IO[bytes]) -> None:
@@ -92,8 +104,8 @@ def _unpack(stream: IO[bytes], path: Path, directory: Path) -> None:
                     _copy(content, directory / member.name, member.size)
                 except OSError as error:
                     raise store.write_error(error, directory) from error
-    except (tarfile.TarError, EOFError) as error:
-        raise _not_ours(path, str(error)) from error
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise _not_ours(path, f"it is damaged, or something else ({error})") from error
 
 
 def _copy(content: IO[bytes], path: Path, size: int) -> None:

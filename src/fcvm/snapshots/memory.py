@@ -283,7 +283,12 @@ class MemoryServer:
                 log.error(f"a clone cannot be served: {error}")
                 return
             connection.setblocking(False)
-            clone = _Clone(connection)
+            try:
+                clone = _Clone(connection)
+            except OSError as error:  # it was killed meanwhile, or no descriptors are left
+                connection.close()
+                log.error(f"a clone cannot be served: {error}")
+                continue
             with self.lock:
                 self.clones[connection.fileno()] = clone
             poll.register(connection, select.POLLIN)
@@ -303,7 +308,7 @@ class MemoryServer:
                 clone.states = mmap.mmap(clone.shared, 0)
         except BlockingIOError:
             return True
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             self._fail(clone, f"it asked for memory in an unknown way: {error}")
             return False
         finally:
