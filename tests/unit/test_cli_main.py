@@ -1,13 +1,18 @@
 """The command's face: help, errors, exit codes."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fcvm import config
+from fcvm.cli.context import Context
 from fcvm.cli.main import COMMANDS, build, load, requested
+from fcvm.errors import NotFoundError
 from fcvm.storage.layout import Layout
+from fcvm.vm import state
 from fcvm.vm.state import Record, write
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "FCVM_MACHINE": "never"}
@@ -75,6 +80,17 @@ def test_global_options_may_stand_before_the_command() -> None:
         (["podman", "run", "--cmd", "a", "x", "--", "b"], "given twice"),
         (["podman", "run", "-d", "-i", "x"], "stdin"),
         (["podman", "run", "--entrypoint", "[1]", "x"], "--entrypoint"),
+        (["podman", "run", "--mem", "", "x"], "--mem"),
+        (["podman", "run", "--cpu", "", "x"], "--cpu"),
+        (["podman", "run", "--stop-timeout", "", "x"], "--stop-timeout"),
+        (["podman", "run", "--scratch-size", "", "x"], "--scratch-size"),
+        (["podman", "run", "--mem", "infg", "x"], "'infg' is not a size"),
+        (["stop", "--all", "a"], "--all is said"),
+        (["stop", "--all", "--name", "a"], "--all is said"),
+        (["rm", "--all", "a"], "say --all"),
+        (["rm"], "say --all"),
+        (["machine", "logs", "-n", "0"], "--lines"),
+        (["--log", "loud", "ls"], "'loud' is none of"),
         (["exec"], "No VM is named"),
         (["exec", "a"], "No command is given"),
         (["exec", "--pid", "x", "true"], "--pid"),
@@ -161,3 +177,37 @@ def test_settings_of_the_environment_are_checked(tmp_path: Path) -> None:
     done = fcvm("ls", base=tmp_path, env={"FCVM_CPU": "many"})
     assert done.returncode == 125
     assert "the setting cpu of the environment" in done.stderr.lower()
+
+
+def test_a_vm_that_has_just_ended_keeps_nobody_from_stopping_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fcvm.cli import stop
+
+    layout = Layout(tmp_path)
+    entries = [state.register(layout, Record(f"{number:012}", name, 1, "running", "healthy", "image", number, 1, 512))
+               for number, name in enumerate(("first", "second"))]  # fmt: skip
+    asked: list[str] = []
+
+    def call(directory: Path, _request: object) -> None:
+        asked.append(directory.name)
+        if len(asked) == 1:
+            raise NotFoundError("The VM is not running.")
+
+    monkeypatch.setattr(stop.rpc, "call", call)
+    args = argparse.Namespace(all=True, timeout=None, words=[], name=None, pid=None)
+    assert stop.run(args, Context(config.load({"base_dir": str(tmp_path)}))) == 0
+    assert asked == [entry.record.id for entry in entries]
+    assert capsys.readouterr().out == "first\nsecond\n"
+    for entry in entries:
+        entry.close()
+
+
+def test_the_machine_is_not_removed_unasked(tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine/disk.img").touch()
+    done = fcvm("machine", "rm", base=tmp_path)
+    assert (done.returncode, (tmp_path / "machine/disk.img").exists()) == (125, True)
+    assert "hint: fcvm machine rm --force" in done.stderr
+    assert fcvm("machine", "rm", "--force", base=tmp_path).returncode == 0
+    assert not (tmp_path / "machine/disk.img").exists()

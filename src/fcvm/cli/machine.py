@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 from fcvm.cli.context import Context
-from fcvm.errors import FcvmError, NotFoundError
+from fcvm.cli.values import number
+from fcvm.errors import FcvmError, NotFoundError, UsageError
 
 WHERE = "here"
 
@@ -25,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("-f", "--force", action="store_true", help="do not ask")
     logs = actions.add_parser("logs", help="print the end of its keeper's log and of its console")
     logs.add_argument("--previous", action="store_true", help="of the time before its last start: why it ended")
-    logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="lines of each (default 50)")
+    logs.add_argument("-n", "--lines", default="50", metavar="N", help="lines of each (default 50)")
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -143,7 +144,9 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
     from fcvm.machine.machine import Machine
 
     machine = Machine(context.config, context.layout)
-    if not args.force and machine.places.disk.exists() and os.isatty(0):
+    if not args.force and machine.places.disk.exists():
+        if not os.isatty(0):
+            raise UsageError("The machine's disk is not removed without asking, and nobody can be asked.", hint="fcvm machine rm --force")
         print(f"This removes {machine.places.disk} with all VMs and snapshots in it. Go on? [y/N] ", end="", file=sys.stderr)
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -156,12 +159,14 @@ def _logs(args: argparse.Namespace, context: Context) -> int:
     from fcvm.machine.state import Places, previous
 
     places = Places.of(context.layout.base)
+    lines = number(args.lines, "--lines", least=1)
     paths = [places.log, places.console]
     found = [path for path in (map(previous, paths) if args.previous else paths) if path.exists()]
     if not found:
-        times = "once only" if args.previous and places.log.exists() else "never"
-        raise NotFoundError(f"The machine has been started {times}.", hint="fcvm machine logs" if times != "never" else "fcvm machine start")
+        if args.previous and places.log.exists():
+            raise NotFoundError("The machine has been started only once.", hint="fcvm machine logs")
+        raise NotFoundError("The machine was never started.", hint="fcvm machine start")
     for path in found:
         print(f"==> {path} <==")
-        print("\n".join(path.read_text(errors="replace").splitlines()[-args.lines :]))
+        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
     return 0

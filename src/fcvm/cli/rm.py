@@ -15,11 +15,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME").completer = vm_names  # type: ignore[attr-defined]
 
 
+def prepare(args: argparse.Namespace, context: Context) -> None:
+    if args.all == bool(args.names):
+        raise UsageError("Name VMs, or say --all.", hint="fcvm ls --all")
+
+
 def run(args: argparse.Namespace, context: Context) -> int:
     layout = context.layout
     state.sweep(layout)
-    if not args.names and not args.all:
-        raise UsageError("No VM is named.", hint="fcvm ls --all")
     found = [state.find(layout, name=name, alive=False) for name in args.names]
     if args.all:
         found = [record for record in state.records(layout) if not state.is_alive(layout, record.id)]

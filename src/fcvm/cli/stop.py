@@ -1,11 +1,13 @@
 """`fcvm stop`: end VMs: the container's stop signal, then a kill after the timeout."""
 
 import argparse
+import contextlib
 
 from fcvm.cli import target
 from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
 from fcvm.cli.values import number
+from fcvm.errors import NotFoundError, UsageError
 from fcvm.vm import rpc, state
 
 WHERE = "vms"
@@ -25,6 +27,8 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
         args.timeout = number(args.timeout, "--timeout")
     if not args.all:
         target.take_name(args)
+    elif args.words or args.name is not None or args.pid is not None:
+        raise UsageError("VMs are named, and --all is said.", hint="leave one of them out")
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -35,6 +39,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     else:
         found = [target.find_vm(args, layout), *(state.find(layout, name=name) for name in args.words)]
     for record in found:
-        rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
+        with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
+            rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
         print(record.name)
     return 0
