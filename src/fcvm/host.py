@@ -135,6 +135,16 @@ def uses_machine(config: Config) -> bool:
     return config.machine == "always" or (config.machine == "auto" and not kvm().usable and not kvm().forbidden)
 
 
+def user_name() -> str:
+    """Our user's name; its number where /etc/passwd has none, as in a container that was given any number."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def cpu_flags(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> frozenset[str]:
     """The CPU's feature flags, as the kernel names them (``Features`` on arm64)."""
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(cpuinfo), re.MULTILINE)

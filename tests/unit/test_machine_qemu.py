@@ -73,7 +73,7 @@ def test_old_qemu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         qemu.find()
     assert "apt-get install" in (caught.value.hint or "")
     fake_qemu(tmp_path, "11.0.0")
-    assert qemu.find() == str(tmp_path / qemu.PROGRAM)
+    assert qemu.find() == (str(tmp_path / qemu.PROGRAM), "11.0.0")
 
 
 def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def monitor() -> Iterator[Monitor]:
     try:
-        program = qemu.find()
+        program, _ = qemu.find()
     except HostError:
         pytest.skip("QEMU is not installed")
     ours, theirs = socket.socketpair()

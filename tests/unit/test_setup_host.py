@@ -16,8 +16,9 @@ from fcvm.cli.context import Context
 from fcvm.config import Config
 from fcvm.errors import HostError
 from fcvm.linux import namespaces
-from fcvm.setup import checks
+from fcvm.setup import assets, checks, index
 from fcvm.setup.checks import Check
+from fcvm.storage.layout import Layout
 
 NO_FLAGS: frozenset[str] = frozenset()
 SVM = frozenset({"fpu", "svm"})
@@ -126,6 +127,25 @@ def test_subordinate_ids_are_read(tmp_path: Path, text: str, expected: bool) -> 
     assert checks.has_range(tmp_path / "subuid", "anna", "1000") is expected
 
 
+def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    assert host.user_name() == "4000000000"
+    assert checks.subordinate_ids().name == "Subordinate ids"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's identity")
+def test_a_data_directory_that_may_not_be_looked_into_is_a_finding(tmp_path: Path, settings: Config) -> None:
+    """pathlib's exists and is_dir raise there."""
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        assert checks.reflinks(settings, Layout(settings.base_dir)).status == "fail"
+        assert checks.space(Layout(settings.base_dir)).detail
+        assert assets.initrd_of(Layout(settings.base_dir), "kernel", index.Image("a", "b", "c", "d", "e")) is None
+    finally:
+        os.seteuid(0)
+
+
 def test_a_file_of_subordinate_ids_that_is_missing(tmp_path: Path) -> None:
     assert not checks.has_range(tmp_path / "subuid", "anna", "1000")
 
@@ -142,7 +162,7 @@ def fake_programs(directory: Path, monkeypatch: pytest.MonkeyPatch, **outputs: s
 
 @pytest.mark.parametrize(
     ("version", "status"),
-    [("QEMU emulator version 10.0.2 (Debian 1:10)", "ok"), ("QEMU emulator version 7.2.9", "warn"), ("what?", "warn")],
+    [("QEMU emulator version 10.0.2 (Debian 1:10)", "ok"), ("QEMU emulator version 7.2.9", "fail"), ("what?", "fail"), ("", "fail")],
 )
 def test_the_version_of_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
     program = tmp_path / "qemu-system-x86_64"
@@ -159,7 +179,6 @@ def test_missing_programs_are_named_with_their_packages(tmp_path: Path, monkeypa
     assert {check.hint for check in found} == {
         "sudo apt-get install mmdebstrap",
         "sudo apt-get install e2fsprogs",
-        "sudo apt-get install erofs-utils",
     }
 
 

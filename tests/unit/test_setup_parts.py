@@ -304,10 +304,14 @@ def test_the_setting_comes_first_then_path(
     assert firecracker.users(settings) is None
 
 
+@pytest.mark.parametrize("named", ["{path}", "firecracker", "~/firecracker"])
 def test_the_users_own_is_chosen_and_found_again(
-    settings: Config, binary: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    settings: Config, binary: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    settings = structs.replace(settings, firecracker=str(binary("Firecracker v1.12.1")))
+    path = binary("Firecracker v1.12.1")
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(path.parent))
+    settings = structs.replace(settings, firecracker=named.format(path=path))
     layout = Layout(settings.base_dir)
     chosen = firecracker.build(settings, layout, progress.Silent())
     assert chosen.version == "1.12.1"

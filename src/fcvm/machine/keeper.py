@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fc_agent.structs import Struct, fields, replace
-from fcvm import process
+from fcvm import host, process
 from fcvm.errors import FcvmError, HostError, MachineError
 from fcvm.linux import sockets
 from fcvm.machine import addresses, hostfs, qemu, state
@@ -196,7 +196,7 @@ class Keeper:
             kernel_arguments=self._job.kernel_arguments,
         )
         self._qemu = process.spawn(
-            qemu.command(spec, qemu.find()),
+            qemu.command(spec, qemu.find()[0]),
             stdout=sys.stderr,
             stderr=sys.stderr,
             cwd="/",
@@ -225,10 +225,7 @@ class Keeper:
         """What the machine is told at its start; see fc_agent/machine.py."""
         user = None
         if os.geteuid() != 0:
-            import pwd
-
-            entry = pwd.getpwuid(os.geteuid())
-            user = {"name": entry.pw_name, "uid": entry.pw_uid, "gid": entry.pw_gid}
+            user = {"name": host.user_name(), "uid": os.geteuid(), "gid": os.getegid()}
         configuration = {
             "hostname": "fcvm-machine",
             "address": addresses.ADDRESS,

@@ -98,17 +98,17 @@ def _comma(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def find() -> str:
-    """QEMU's path. Raises HostError: it is missing or too old."""
+def find() -> tuple[str, str]:
+    """QEMU's path and version. Raises HostError: it is missing or too old, ProcessError: it does not run."""
     try:
         program = process.find(PROGRAM)
     except HostError as error:
         raise HostError(f"{PROGRAM} is not installed.", hint=INSTALL) from error
     text = process.run([program, "--version"]).stdout.decode()
-    found = re.search(r"version (\d+)\.", text)
-    if found is None or int(found[1]) < OLDEST:
-        raise HostError(f"QEMU is too old for nested guests: {text.splitlines()[0]}; fcvm needs {OLDEST}.", hint=INSTALL)
-    return program
+    found = re.search(r"version ((\d+)\.[\d.]*)", text)
+    if found is None or int(found[2]) < OLDEST:
+        raise HostError(f"QEMU is too old for nested guests: {text.strip() or 'of no version'}; fcvm needs {OLDEST}.", hint=INSTALL)
+    return program, found[1]
 
 
 def devices(program: str) -> Mapping[str, bool]:

@@ -148,7 +148,7 @@ def initrd_of(layout: Layout, kernel: str, image: index.Image) -> Path | None:
 
     def look(base: Path) -> Path | None:
         path = index.initrd(base, kernel, image.busybox)
-        return path if path.exists() else None
+        return path if os.path.exists(path) else None  # which, unlike pathlib's, is so as well where we may not look
 
     return _first(layout, look)[1]
 

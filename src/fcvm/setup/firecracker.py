@@ -69,7 +69,7 @@ def users(config: Config) -> Path | None:
         SetupError: the setting names one that does not run or is too old.
     """
     if config.firecracker:
-        path = Path(shutil.which(os.path.expanduser(config.firecracker)) or config.firecracker)
+        path = Path(index.named(config.firecracker))
         describe(path)
         return path.absolute()
     found = shutil.which("firecracker")

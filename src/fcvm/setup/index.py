@@ -147,13 +147,21 @@ class Firecracker(Struct):
 
     def valid(self, config: Config) -> bool:
         """Whether the binary is unchanged, and still the one that the settings ask for."""
-        if config.firecracker and os.path.realpath(config.firecracker) != os.path.realpath(self.path):
+        if config.firecracker and os.path.realpath(named(config.firecracker)) != os.path.realpath(self.path):
             return False
         try:
             status = os.stat(self.path)
         except OSError:
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+def named(program: str) -> str:
+    """The file that the setting ``firecracker`` names: a path, or a program on PATH."""
+    import shutil  # only for those who have the setting
+
+    path = os.path.expanduser(program)
+    return shutil.which(path) or path
 
 
 def firecracker(config: Config, base: Path) -> Firecracker | None:
