@@ -1,14 +1,20 @@
 """What is in an archive, and what its images will be called; and the writer of examples/."""
 
+import bz2
+import contextlib
+import gzip
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from images_support import archive, image
 
 from fcvm.errors import ImageError, NotFoundError, UsageError
-from fcvm.images import load
+from fcvm.images import load, oci_archive
+from fcvm.images.reference import Reference
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,30 @@ def test_what_is_no_image(tmp_path: Path) -> None:
             load.contents(tmp_path / name)
     with pytest.raises(NotFoundError):
         load.contents(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("index", [
+    "[" * 100_000, "null", "1", '"x"', "[]", "{}", "[1]", '[{"RepoTags": "abc"}]', '[{"RepoTags": [1]}]', '{"manifests": 1}', '{"manifests": []}',
+    '{"manifests": [1]}', '{"manifests": [{"annotations": {"io.containerd.image.name": 5}}]}',
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["docker-archive", "oci-archive"])
+def test_an_index_of_another_form_is_no_image(index: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "index").write_text(index)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ["manifest.json"] if kind == "docker-archive" else ["oci-layout", "index.json"]:
+            tar.add(tmp_path / "index", name)
+    with pytest.raises(ImageError, match="damaged, or not an image"):
+        load.contents(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_damaged_compressed_archive(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    whole = compress(image(tmp_path / "a.tar").read_bytes())
+    for position in range(20, len(whole), len(whole) // 40):
+        (tmp_path / "a").write_bytes(whole[:position] + bytes([whole[position] ^ 255]) + whole[position + 1 :])
+        with contextlib.suppress(ImageError):  # or it is in a part that is not looked at
+            load.contents(tmp_path / "a")
+            oci_archive.unpack(Reference("oci-archive", str(tmp_path / "a"), str(tmp_path / "a")), tmp_path / f"o{position}")
 
 
 def test_the_writer_gives_the_same_bytes_again(tmp_path: Path) -> None:

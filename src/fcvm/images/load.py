@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fcvm.errors import ImageError, NotFoundError, UsageError
 from fcvm.images import make, reference, store
+from fcvm.images.oci_archive import UNREADABLE
 from fcvm.images.reference import FILE_TRANSPORTS, LOCALHOST, Reference
 from fcvm.images.store import Image
 from fcvm.storage.layout import Layout
@@ -80,11 +81,20 @@ def contents(path: Path, transport: str | None = None) -> list[tuple[Reference, 
         raise UsageError(
             f"{path} has a colon in its name, which would end it in a reference.", hint=f"mv '{path}' FILE"
         )
-    transport = transport or _kind(path)
+    try:
+        found = _contents(path, transport or _kind(path))
+    except (KeyError, TypeError, AttributeError) as error:  # its JSON is of another form
+        raise _no_image(path) from error
+    if not found:
+        raise _no_image(path)
+    return found
+
+
+def _contents(path: Path, transport: str) -> list[tuple[Reference, list[str]]]:
     if transport == "docker-archive":
         entries = _document(path, "manifest.json")
         return [
-            (_at(transport, path, f"@{i}" if len(entries) > 1 else ""), list(e.get("RepoTags") or []))
+            (_at(transport, path, f"@{i}" if len(entries) > 1 else ""), _texts(e.get("RepoTags") or []))
             for i, e in enumerate(entries)
         ]
     if transport == "dir":
@@ -93,11 +103,18 @@ def contents(path: Path, transport: str | None = None) -> list[tuple[Reference, 
     entries = _document(path, "index.json")["manifests"]
     for entry in entries:
         annotations = entry.get("annotations") or {}
-        names = [annotations[key] for key in NAME_ANNOTATIONS if key in annotations]
+        names = _texts([annotations[key] for key in NAME_ANNOTATIONS if key in annotations])
         # The reference name is often a tag alone, which is no name.
         named = [name for name in names if "/" in name or ":" in name]
         found.append((_at(transport, path, names[-1] if names and len(entries) > 1 else ""), named[:1]))
     return found
+
+
+def _texts(values: object) -> list[str]:
+    """``values`` if it is a list of strings; raises TypeError."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of strings")
+    return values
 
 
 def _at(transport: str, path: Path, suffix: str) -> Reference:
@@ -122,7 +139,7 @@ def _members(path: Path) -> set[str]:
     try:
         with tarfile.open(path) as tar:
             return {os.path.normpath(name) for name in tar.getnames()}
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise _no_image(path) from error
 
 
@@ -136,7 +153,7 @@ def _document(path: Path, name: str) -> Any:
                 if os.path.normpath(member.name) == name:
                     content: IO[bytes] | None = tar.extractfile(member)
                     return json.loads(content.read() if content else b"")
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (*UNREADABLE, OSError, ValueError, RecursionError) as error:
         raise _no_image(path) from error
     raise _no_image(path)
 

@@ -16,6 +16,9 @@ from fc_agent.structs import replace
 from fcvm.errors import ImageError
 from fcvm.images.reference import Reference
 
+# What Python says of a tar that is damaged; bz2 says it by an OSError without a number.
+UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
+
 FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
 
 
@@ -36,7 +39,9 @@ def unpack(archive: Reference, directory: Path) -> Reference:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with target.open("wb") as file:
                         shutil.copyfileobj(content, file, 1 << 20)
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no space left, for example
+            raise
         raise ImageError(
             f"{archive.path} is damaged, or not an OCI archive.", hint=f"tar -tf {archive.path}"
         ) from error

@@ -60,7 +60,7 @@ def choose(raw: bytes, name: str) -> str | None:
             return None
         ours = skopeo.architecture()
         entries = [(entry.get("platform") or {}, str(entry["digest"])) for entry in document["manifests"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(
             f"The registry delivers no manifest for {name}.", hint="FCVM_LOG=debug shows the command"
         ) from error
