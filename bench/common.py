@@ -4,14 +4,19 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import fcvm
 from fcvm.images import store
 from fcvm.images.store import Image
 from fcvm.storage.layout import Layout
 from fcvm.vm.spec import ImageUse
+
+FCVM = [sys.executable, "-P", str(Path(fcvm.__file__).with_name("__main__.py"))]  # like the installed command: -m would cost runpy
+INTERPRETER = [sys.executable, "-c", "pass"]
 
 
 def now() -> float:

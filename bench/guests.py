@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import available, beside, image, machine, now, pss, show, summary
+from bench.common import FCVM, INTERPRETER, available, beside, image, machine, now, pss, show, summary
 from fc_agent.protocol import Identity, NetworkPlan
 from fcvm import config, setup
 from fcvm.agent import session, vsock
@@ -37,7 +37,6 @@ from fcvm.storage.layout import Layout, remove
 from fcvm.vm import paths, state
 from fcvm.vm.spec import RunSpec
 
-FCVM = [sys.executable, "-m", "fcvm"]
 PATIENCE = 900.0  # seconds; emulated guests on a busy host take their time
 COMMAND = ["busybox", "echo", "ready"]
 MIB = 1024  # KiB
@@ -195,7 +194,7 @@ def first_exec(bench: Bench) -> dict[str, Any]:
         whole.append(timed(lambda: subprocess.run(words, stdout=subprocess.DEVNULL, check=True)))
 
     def interpreter() -> None:
-        python.append(timed(lambda: subprocess.run([sys.executable, "-ISE", "-c", "pass"], check=True)))
+        python.append(timed(lambda: subprocess.run(INTERPRETER, check=True)))
 
     with bench.server(1) as pid:
         for number in range(bench.rounds):
@@ -228,7 +227,7 @@ def one_exec(bench: Bench) -> dict[str, Any]:
     ours: list[float] = []
 
     def floor() -> None:
-        python.append(timed(lambda: subprocess.run([sys.executable, "-ISE", "-c", "pass"], check=True)))
+        python.append(timed(lambda: subprocess.run(INTERPRETER, check=True)))
         crun.append(float(ask(bench.source, ["python3", "-c", CRUN, *COMMAND], target="vm")))
 
     def fcvm() -> None:

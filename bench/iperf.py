@@ -1,10 +1,10 @@
 """Throughput of real guests by iperf3, host to guest and back, in every network mode, beside the links that they rest on.
 
-    python -m bench.iperf [--rounds N] [--seconds N] [--json FILE]
+    python -m bench.iperf [--only MODE] [--rounds N] [--seconds N] [--json FILE]
 
 Bridged stands beside a plain Firecracker with the same kernel on a bare tap of the host: no namespace, no translation. Rootless
-stands beside slirp4netns with no VM behind it, which is the most that it can do. All take turns in one run. Runs where the VMs
-are, as root; `python -m bench` starts it there.
+stands beside slirp4netns with no VM behind it, which is the most that it can do. All take turns in one run. The guests have one
+CPU: where the machine gives all VMs a single one, a second only adds chance. Runs where the VMs are, as root; `python -m bench` starts it there.
 
 Target: bridged at least 0.95 of the bare tap.
 """
@@ -18,6 +18,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def bare(settings: config.Config, layout: Layout) -> Iterator[tuple[str, int]]:
             disks.make_scratch(layout, 1024, directory / boot.SCRATCH_DISK)
             with Firecracker(assets.firecracker, directory, "iperf") as vmm:
                 arguments = boot_args(emulated=host.emulated(), role="vm")
-                boot.configure(vmm.api, boot.Hardware(2, 512, arguments, LINK, MAC))
+                boot.configure(vmm.api, boot.Hardware(1, 512, arguments, LINK, MAC))
                 boot.start(vmm.api)
                 yield str(ip_interface(GUEST_SIDE).ip), PORT
         finally:
@@ -122,7 +123,7 @@ def vm(mode: str, layout: Layout) -> Iterator[Sides]:
     _, use = common.image(layout, "iperf")
     name = f"iperf-{mode}-{os.getpid()}"
     port = PORT + 2 + MODES.index(mode)  # given, as in the machine a chosen one would be told for its host
-    run(RunSpec(name=name, image=use, memory=512, network=mode, publish=[f"127.0.0.1:{port}:{PORT}"], detach=True))
+    run(RunSpec(name=name, image=use, cpu=1, memory=512, network=mode, publish=[f"127.0.0.1:{port}:{PORT}"], detach=True))
     try:
         own = state.find(layout, name=name).network.get("host_ip")
         yield {mode: (own, PORT), f"{mode}, published port": ("127.0.0.1", port)} if own else {mode: ("127.0.0.1", port)}
@@ -166,11 +167,26 @@ def slirp() -> Iterator[tuple[str, int]]:
         yield "127.0.0.1", port
 
 
+def beside(rates: dict[str, list[float]], name: str) -> dict[str, object]:
+    """The rates of ``name`` in Mbit/s and as ratios, each to what its floor did in the same round: median and quartiles."""
+    of = "bare tap" if name.startswith(("bare tap", "bridged")) else "slirp4netns alone"
+    ratios = [ours / floors for ours, floors in zip(rates[name], rates[of], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "megabits": round(statistics.median(rates[name]), 1),
+        "of": of,
+        "ratio": round(ratio, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "rounds": len(ratios),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one short round, for a look")
+    parser.add_argument("--only", choices=MODES, help="this mode beside its floor, and nothing else that takes CPU time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     rounds, seconds = (1, 2) if args.quick else (args.rounds, args.seconds)
@@ -178,8 +194,12 @@ def main() -> None:
     layout = Layout(settings.base_dir)
     rates: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
-        sides: Sides = {"bare tap": stack.enter_context(bare(settings, layout)), "slirp4netns alone": stack.enter_context(slirp())}
-        for mode in MODES:
+        sides: Sides = {}
+        if args.only != "rootless":
+            sides["bare tap"] = stack.enter_context(bare(settings, layout))
+        if args.only != "bridged":
+            sides["slirp4netns alone"] = stack.enter_context(slirp())
+        for mode in [args.only] if args.only else MODES:
             sides |= stack.enter_context(vm(mode, layout))
         for where in sides.values():
             wait_for(*where)
@@ -187,19 +207,10 @@ def main() -> None:
             for back in (False, True):
                 for name, (address, port) in sides.items():
                     rate = megabits(address, port, seconds, back=back)
+                    print(f"{name}, {'back' if back else 'there'}: {rate:.0f} Mbit/s", file=sys.stderr, flush=True)
                     rates.setdefault("guest to host" if back else "host to guest", {}).setdefault(name, []).append(rate)
     results: dict[str, object] = {"machine": common.machine(), "target": TARGET}
-    results["throughput"] = {
-        way: {
-            name: {
-                "megabits": round(statistics.median(values), 1),
-                "of": (floor_name := "bare tap" if name.startswith(("bare tap", "bridged")) else "slirp4netns alone"),
-                "ratio": round(statistics.median(values) / statistics.median(sides_of[floor_name]), 3),
-            }
-            for name, values in sides_of.items()
-        }
-        for way, sides_of in rates.items()
-    }
+    results["throughput"] = {way: {name: beside(sides_of, name) for name in sides_of} for way, sides_of in rates.items()}
     print(json.dumps(results, indent=1))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -116,12 +116,13 @@ def throughput(results: dict[str, Results]) -> str:
     target = find(results, "iperf", ("target",))
     if not found:
         return ""
-    rows = ["| TCP by iperf3 | over | Mbit/s | beside | ratio | target |", "| --- | --- | ---: | --- | ---: | --- |"]
+    rows = ["| TCP by iperf3 | over | Mbit/s | beside | ratio | quartiles | target |", "| --- | --- | ---: | --- | ---: | --- | --- |"]
     for way, sides in found.items():
         for name, v in sides.items():
             met = against(target, v["ratio"] >= target) if name == "bridged" else ""
-            beside = "" if v["of"] == name else f"{v['of']} | {v['ratio']:.2f}"
-            rows.append(f"| {way} | {name} | {v['megabits']:.0f} | {beside or ' | '} | {met} |")
+            low, high = v["quartiles"]
+            beside = "| |" if v["of"] == name else f"{v['of']} | {v['ratio']:.2f} | {low:.2f} to {high:.2f}"
+            rows.append(f"| {way} | {name} | {v['megabits']:.0f} | {beside} | {met} |")
     return "\n".join(rows) + "\n"
 
 

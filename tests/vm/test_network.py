@@ -1,6 +1,7 @@
 """The network of real guests: a VM with nginx in each mode for most tests; FCVM_TEST_NETWORKS=rootless tests one mode."""
 
 import contextlib
+import http.client
 import os
 import secrets
 import socket
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from vm.conftest import FCVM, ROOT, TIMEOUT, environment, fcvm, ok, running, vm
+from vm.conftest import FCVM, ROOT, TIMEOUT, environment, fcvm, ok, running, vm, where_vms_are
+
+from fcvm.network.inner import HAS_FLOWS
 
 NGINX = "localhost/fcvm-nginx"
 MODES = os.environ.get("FCVM_TEST_NETWORKS", "bridged,rootless" if os.geteuid() == 0 else "rootless").split(",")
@@ -233,6 +236,20 @@ def test_published_ports_reach_nginx(guest: Guest) -> None:
         ("127.0.0.1", guest.local, 82, "tcp"),
         ("127.0.0.1", guest.udp, 5353, "udp"),
     ]
+
+
+def test_an_established_connection_passes_the_rules_by(guest: Guest) -> None:
+    """The namespace's flowtable has it, where the kernel has flowtables (fcvm/network/inner.py)."""
+    if subprocess.run(where_vms_are("test", "-e", HAS_FLOWS), check=False).returncode:
+        pytest.skip("the kernel has no flowtables")
+    inside = 'cat "/proc/$(pgrep -f "firecracker .*--id $0")/net/nf_conntrack"'
+    with closing(http.client.HTTPConnection("127.0.0.1", guest.web, timeout=PATIENCE)) as connection:
+        for _ in range(2):
+            connection.request("GET", "/")
+            assert PAGE in connection.getresponse().read()
+        look = subprocess.run(where_vms_are("sh", "-c", inside, (vm(guest.name) or {})["id"]), capture_output=True, text=True, check=True)
+    found = [line for line in look.stdout.splitlines() if "[OFFLOAD]" in line]
+    assert any("dport=80 " in line for line in found), look.stdout
 
 
 def test_the_guest_reaches_the_host_but_for_its_loopback(guest: Guest, host: Host) -> None:

@@ -20,6 +20,7 @@ import ipaddress
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 
 from fc_agent.structs import Struct
 from fcvm.linux import netlink
@@ -49,12 +50,15 @@ NFNL_SUBSYS_NFTABLES = 10
 NFNLGRP_NFTABLES = 7  # every change
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 NEWTABLE, GETTABLE, _, NEWCHAIN, GETCHAIN, _, NEWRULE, GETRULE, DELRULE = range(9)
-NEWGEN = 15
+NEWGEN, NEWFLOWTABLE = 15, 22
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFT_TABLE_F_OWNER = 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 1, 3, 4, 5, 7
 NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 3, 4, 7
+NFTA_FLOWTABLE_TABLE, NFTA_FLOWTABLE_NAME, NFTA_FLOWTABLE_HOOK = 1, 2, 3
+NFTA_FLOWTABLE_HOOK_NUM, NFTA_FLOWTABLE_HOOK_PRIORITY, NFTA_FLOWTABLE_HOOK_DEVS = 1, 2, 3
+NFTA_DEVICE_NAME, NF_NETDEV_INGRESS = 1, 0
 NFTA_LIST_ELEM = 1
 NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE = 1, 2, 1
@@ -106,6 +110,15 @@ class Batch:
         body = text(NFTA_CHAIN_TABLE, table) + text(NFTA_CHAIN_NAME, name) + where
         body += text(NFTA_CHAIN_TYPE, type) + _be32(NFTA_CHAIN_POLICY, policy)
         self._add(NEWCHAIN, NLM_F_CREATE, body)
+
+    def flowtable(self, table: str, name: str, devices: Sequence[str]) -> None:
+        """Add a flowtable (Linux, networking/nf_flowtable.rst): packets that come in by ``devices`` and belong to a connection
+        that ``flow_add`` has entered leave at once, translated, past all rules and routing. ENOENT where the kernel has none.
+        """
+        names = nested(NFTA_FLOWTABLE_HOOK_DEVS, *(text(NFTA_DEVICE_NAME, device) for device in devices))
+        hook = _be32(NFTA_FLOWTABLE_HOOK_NUM, NF_NETDEV_INGRESS) + _be32(NFTA_FLOWTABLE_HOOK_PRIORITY, 0) + names
+        body = text(NFTA_FLOWTABLE_TABLE, table) + text(NFTA_FLOWTABLE_NAME, name) + nested(NFTA_FLOWTABLE_HOOK, hook)
+        self._add(NEWFLOWTABLE, NLM_F_CREATE, body)
 
     def rule(self, table: str, chain: str, *expressions: bytes, first: bool = False, comment: str = "") -> None:
         """Add a rule at the end of a chain, or as its ``first``."""
@@ -205,6 +218,12 @@ def verdict(code: int) -> bytes:
     """``accept`` or ``drop``."""
     data = nested(2, nested(NFTA_DATA_VERDICT, _be32(NFTA_VERDICT_CODE, code)))
     return _expression("immediate", _be32(1, NFT_REG_VERDICT), data)
+
+
+@_expressions
+def flow_add(flowtable: str) -> bytes:
+    """``flow add @FLOWTABLE``; the rule ends here for what a flowtable cannot take."""
+    return _expression("flow_offload", text(1, flowtable))
 
 
 def counter() -> bytes:
