@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
-from fcvm.errors import FcvmError, HostError, UsageError
+from fcvm.errors import FcvmError, UsageError
 from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
@@ -200,9 +200,10 @@ def _run(args: argparse.Namespace, context: Context) -> int:
         for name, publish in zip(names, args.publish, strict=True)
     ]
     if args.snapshot is not None:
+        from fcvm import host
         from fcvm.snapshots import direct
 
-        _need_kvm()
+        host.need_kvm()
         return direct.run(args.snapshot, wanted[0], context.config, command=args.command)
     if args.command is not None:
         return client.execute(context.layout, args.pid, wanted[0], args.command)
@@ -228,10 +229,10 @@ def _create(args: argparse.Namespace, context: Context) -> int:
 
 
 def _serve(args: argparse.Namespace, context: Context) -> int:
-    from fcvm import setup
+    from fcvm import host, setup
     from fcvm.snapshots import server
 
-    _need_kvm()
+    host.need_kvm()
     settings = server.Settings(
         tag=args.tag,
         backend=args.backend,
@@ -304,9 +305,10 @@ def _stop(args: argparse.Namespace, context: Context) -> int:
 
 
 def _verify(args: argparse.Namespace, context: Context) -> int:
+    from fcvm import host
     from fcvm.snapshots import verify
 
-    _need_kvm()
+    host.need_kvm()
     failed = 0
     for check in verify.verify(args.tag, context.config):
         print(
@@ -315,11 +317,3 @@ def _verify(args: argparse.Namespace, context: Context) -> int:
         )
         failed += not check.passed
     return 1 if failed else 0
-
-
-def _need_kvm() -> None:
-    from fcvm import host
-
-    kvm = host.kvm()
-    if not kvm.usable:
-        raise HostError(kvm.reason, hint=kvm.hint or "fcvm doctor")

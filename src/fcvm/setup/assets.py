@@ -28,6 +28,11 @@ SYSTEM_BASE = Path("/mnt/fcvm-btrfs")
 OVERRIDE = "FCVM_ASSETS"
 
 
+def tool(tools: Path, name: str) -> list[str]:
+    """The start of a command line that runs a program out of a guest image on the host, with the image's libraries."""
+    return [str(tools / "ld.so"), "--library-path", str(tools), str(tools / name)]
+
+
 class Assets(Struct):
     """Everything that a VM is started from. All paths are absolute and named by content, so equal paths mean equal files.
 
@@ -57,8 +62,8 @@ class Assets(Struct):
         return json.dumps({name: str(value) for name, value in asdict(self).items()})
 
     def tool(self, name: str) -> list[str]:
-        """The start of a command line that runs a program of ``tools`` on the host, with the image's libraries."""
-        return [str(self.tools / "ld.so"), "--library-path", str(self.tools), str(self.tools / name)]
+        """The start of a command line that runs a program of ``tools`` on the host."""
+        return tool(self.tools, name)
 
     @classmethod
     def from_json(cls, text: str) -> Assets:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fc_agent.structs import Struct
 from fcvm.process import run
+from fcvm.setup.assets import tool
 
 # Both sides speak this version of marshal: all Pythons since 3.4.
 MARSHAL_VERSION = 4
@@ -56,7 +57,7 @@ def compile_all(sources: Sequence[tuple[str, str, bytes]], tools: Path, work: Pa
     script = work / "compiler.py"
     script.write_text(COMPILER)
     done = run(
-        [tools / "ld.so", "--library-path", tools, tools / "python3", "-s", "-S", script, str(MARSHAL_VERSION)],
+        [*tool(tools, "python3"), "-s", "-S", script, str(MARSHAL_VERSION)],
         input=marshal.dumps(list(sources), MARSHAL_VERSION),
         env={"PYTHONHOME": str(tools / "pyhome"), "PYTHONHASHSEED": "0"},
     )

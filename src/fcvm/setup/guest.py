@@ -5,7 +5,7 @@ exactly the image that it was made with), and ``guest/<key>.json`` says which on
 
     guest/<key>.json                                     index.Image
     guest/<id>/root.img                                  erofs, uncompressed: shared pages, no time lost unpacking
-    guest/<id>/tools/                                    programs for the host; ``tool`` says how to run them
+    guest/<id>/tools/                                    programs for the host; ``assets.tool`` says how to run them
     guest/<id>/packages                                  what is in it: names and versions
     kernels/<id>/vmlinuz, vmlinux, config, modules/VERSION/
 """
@@ -19,6 +19,7 @@ from fcvm.config import Config
 from fcvm.errors import SetupError
 from fcvm.process import failure, find, run, spawn
 from fcvm.setup import bzimage, index, keys, recipe, sources, workspace
+from fcvm.setup.assets import tool
 from fcvm.setup.index import Image, architecture
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import Layout
@@ -26,12 +27,6 @@ from fcvm.storage.layout import Layout
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SPACE = 2 << 30  # bytes that a build takes at its peak, roughly
 NETWORK_WORDS = ("Could not resolve", "Could not connect", "Failed to fetch", "does not have a Release file")
-
-
-def tool(image_directory: Path, name: str) -> list[str]:
-    """The start of a command line that runs program ``name`` of the image on the host, with the image's libraries."""
-    tools = image_directory / "tools"
-    return [str(tools / "ld.so"), "--library-path", str(tools), str(tools / name)]
 
 
 def build(config: Config, layout: Layout, progress: Progress, *, force: bool = False) -> Image:
@@ -142,7 +137,7 @@ def assemble(config: Config, layout: Layout, work: Path, step: Step) -> Image:
     os.replace(work / "packages", image / "packages")
     # The image's own mkfs.erofs: older ones cannot read a tar archive, which is how ownership survives without root.
     root = image / "root.img"
-    run([*tool(image, "mkfs.erofs"), "--quiet", "--tar=f", root, work / "root.tar"])
+    run([*tool(image / "tools", "mkfs.erofs"), "--quiet", "--tar=f", root, work / "root.tar"])
     (work / "root.tar").unlink()
     step.note("unpacking the kernel")
     unpack(work / "modules.tar", kernel / "modules")
