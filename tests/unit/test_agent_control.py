@@ -104,6 +104,11 @@ def test_the_guest_reconnects_without_an_end_of_the_old_connection(channel: Cont
         b'{"type":"hello","protocol":2}\n',
         b'{"type":"hello"}\n',
         b'{"type":"hello","protocol":1,"state":[]}\n',
+        b'{"type":"hello","protocol":1,"state":{"exit":[]}}\n',
+        b'{"type":"exit"}\n',
+        b'{"type":"exit","code":"0"}\n',
+        b'{"type":"exit","code":1e300}\n',
+        b'{"type":"stage","name":"x","uptime":"soon"}\n',
         b"x" * (2 << 20),
     ],
 )

@@ -162,3 +162,19 @@ def test_a_reader_that_goes_away_is_told_of_once_and_the_log_goes_on(tmp_path: P
     output.write("stdout", b" and kept")
     output.close()
     assert streams(read_log(tmp_path))[0] == b"lost and kept"
+
+
+def test_a_stdout_that_does_not_block_gets_everything() -> None:
+    """Whoever shares it may have made it so: node does."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    data = bytes(range(256)) * 4096
+    thread = threading.Thread(target=module.write_all, args=(write, data))
+    thread.start()
+    got = b""
+    while len(got) < len(data):
+        got += os.read(read, 1 << 16)
+    thread.join(60)
+    assert got == data
+    os.close(read)
+    os.close(write)

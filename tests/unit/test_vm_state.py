@@ -130,3 +130,17 @@ def test_a_dead_vm_seems_dead_to_all_who_look_at_once(layout: Layout) -> None:
     with open(layout.state / "dead.lock") as other:
         fcntl.flock(other, fcntl.LOCK_SH)  # as is_alive does, in another process
         assert not state.is_alive(layout, "dead")
+
+
+def test_a_full_disk_costs_the_record_and_not_the_vm(layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    entry = state.register(layout, record("web"))
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write", full)
+        entry.update(health="unhealthy")
+    assert "record of web cannot be written: No space left" in capsys.readouterr().err
+    entry.update(status="stopping")
+    assert [(r.status, r.health) for r in state.records(layout)] == [("stopping", "unhealthy")]
+    entry.close()

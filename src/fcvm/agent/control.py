@@ -147,7 +147,7 @@ def parse(line: bytes | bytearray) -> dict[str, Any]:
     """One message of the guest.
 
     Raises:
-        AgentError: it is none, or a hello of another protocol version.
+        AgentError: it is none, is malformed, or a hello of another protocol version.
     """
     try:
         message = json.loads(line)
@@ -160,8 +160,14 @@ def parse(line: bytes | bytearray) -> dict[str, Any]:
             f"The guest agent speaks version {message.get('protocol')!r} of the protocol, this fcvm version {PROTOCOL}.",
             hint="fcvm setup, and make the snapshot again if it is one",
         )
-    if message["type"] == "hello" and not isinstance(message.get("state", {}), dict):
+    state = message.get("state", {}) if message["type"] == "hello" else {}
+    if not isinstance(state, dict):
         raise AgentError("The guest agent's state is malformed.")
+    ended = message if message["type"] == "exit" else state.get("exit")
+    if ended is not None and not (isinstance(ended, dict) and ended.get("code") in range(256)):
+        raise AgentError(f"The guest agent reports an end that cannot be: {str(ended)[:80]}.")
+    if message["type"] == "stage" and not isinstance(message.get("uptime"), int | float):
+        raise AgentError("The guest agent reports a stage at no time.")
     return message
 
 

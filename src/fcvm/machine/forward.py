@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 
 from fcvm import hostpath
-from fcvm.agent.session import FORWARDED, Exit, Request, stream
+from fcvm.agent.session import FORWARDED, Exit, Request, stream, to_descriptors
 from fcvm.config import Config
 from fcvm.errors import AgentError, FcvmError, MachineError
 from fcvm.linux import sockets
@@ -74,7 +74,7 @@ def run(places: Places, request: Request) -> Exit:
         lambda: sockets.connect(places.session),
         request,
         stdin=0 if request.stdin else None,
-        on_output=_write,
+        on_output=to_descriptors(1, 2),
         terminal=0 if request.tty else None,
         signals=FORWARDED,
         give_up=lambda _error, _since: True,  # with a grace of 0 there is nothing to come back to
@@ -124,13 +124,6 @@ def _open(fd: int) -> bool:
         return not os.isatty(fd) or os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
         return False
-
-
-def _write(name: str, data: bytes) -> None:
-    fd = 1 if name == "stdout" else 2
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _lost(places: Places, error: Exception) -> MachineError:

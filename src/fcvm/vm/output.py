@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import struct
 import threading
 import time
@@ -104,10 +105,13 @@ def packed(when: int, stream: str, data: bytes) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of ``data`` to a blocking descriptor."""
+    """Write all of ``data`` to a descriptor, even if somebody who shares it has made it non-blocking."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
 
 
 def read_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:

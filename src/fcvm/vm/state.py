@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 
 from fc_agent.structs import Struct, asdict, field, replace
+from fcvm import log
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage import records as records_on_disk
 from fcvm.storage.layout import Layout, locked, remove
@@ -83,9 +84,12 @@ class Registration:
         self.lock = lock
 
     def update(self, **changes: Any) -> None:
-        """Replace fields of the record, on disk at once."""
+        """Replace fields of the record, on disk at once; on a full disk others see the old ones, and the VM goes on."""
         self.record = replace(self.record, **changes)
-        write(self.layout, self.record)
+        try:
+            write(self.layout, self.record)
+        except OSError as error:
+            log.warning(f"The record of {self.record.name} cannot be written: {error.strerror}.")
 
     def close(self) -> None:
         """End the registration; the record goes with it unless it is kept."""

@@ -226,11 +226,11 @@ class Supervisor:
         if self.spec.remove or self._exit is None:
             remove(self.directory)
             return
-        (self.directory / output.CLOSED).touch()
         logs = (output.LOG, f"{output.LOG}.1", output.CLOSED, "console.log", "console.log.1")
         for path in self.directory.iterdir():
             if path.name not in logs:
                 remove(path)
+        (self.directory / output.CLOSED).touch()  # now there is space for it even on a full disk
         self.entry.update(status="exited", health="stopped", exit_code=self._exit["code"], keep=True)
 
     # The loop
@@ -372,7 +372,7 @@ class Supervisor:
         self.control.send(plan.message(self))
 
     def _on_stage_message(self, message: dict[str, Any]) -> None:
-        self.timings.guest(str(message.get("name")), float(message.get("uptime", 0)))
+        self.timings.guest(str(message.get("name")), float(message["uptime"]))
 
     def _on_started_message(self, message: dict[str, Any]) -> None:
         if self._phase == "planned":
@@ -468,7 +468,7 @@ class Supervisor:
         self.firecracker.process.kill()
 
     def _result(self, exit: dict[str, Any]) -> int:
-        code = int(exit.get("code", 125))
+        code = int(exit["code"])
         if self._streams_broke is not None and not self._killing:
             raise AgentError(
                 f"The container ended with exit code {code}, but not all of its output could be read: {self._streams_broke}"
