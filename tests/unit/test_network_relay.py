@@ -107,6 +107,20 @@ def test_nobody_upstream_resets_the_client(loop: Loop, sockets: Callable[..., so
         client.recv(1)
 
 
+def test_without_descriptors_the_client_is_reset(
+    loop: Loop, sockets: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(relay, "_socket", none_left)
+    listener = sockets()
+    relay.tcp(loop, listener, lambda: [relay.target("127.0.0.1", 9)])
+    # possibly before connect() has returned
+    with pytest.raises(ConnectionResetError), socket.create_connection(listener.getsockname(), TIMEOUT) as client:
+        client.recv(1)
+
+
 def test_the_second_target_is_tried(loop: Loop, sockets: Callable[..., socket.socket]) -> None:
     listener, closed, upstream = sockets(), sockets(), sockets()
     address, nowhere, somewhere = listener.getsockname(), closed.getsockname(), upstream.getsockname()

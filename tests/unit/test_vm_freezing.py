@@ -131,8 +131,9 @@ def test_an_agent_that_does_not_answer_does_not_stop_the_snapshot(host: Host, mo
     assert guest.lines.readline() == b'{"type":"thaw"}\n'
 
 
-def test_the_end_of_the_vm_is_not_waited_for(host: Host) -> None:
+def test_the_end_of_the_vm_is_not_waited_for(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.guest()
     os.write(host.alive, b"x")
     with host.freezing.frozen(host.ended):
         pass
+    assert capsys.readouterr().err == "", "after the limit it would say that the agent did not answer"

@@ -98,7 +98,10 @@ class _Connection:
     def _connect(self) -> None:
         while self._targets:
             family, address = self._targets.pop(0)
-            upstream = _socket(family, socket.SOCK_STREAM, self._priority)
+            try:
+                upstream = _socket(family, socket.SOCK_STREAM, self._priority)
+            except OSError:  # no descriptor is left: the client is not to wait for ever
+                break
             upstream.setblocking(False)
             if upstream.connect_ex(address) in (0, errno.EINPROGRESS):
                 self._upstream = upstream
