@@ -1,7 +1,8 @@
 # make run     everything from nothing: packages, set-up, a demo image, a container in a microVM
 # make test    all tests; make test-unit, test-host, test-vm one tier
 # make fuzz    hostile messages to the server of --map, for minutes (ARGS="--rounds N --seed N")
-# make pjdfstest PJDFSTEST=DIR   the built suite in DIR, on a mount of a new directory
+# make pjdfstest PJDFSTEST=DIR   the built suite in DIR, on a mount of a new directory; pjdfstest-guest: mapped into a VM
+#                                (ARGS="--jobs N TEST...")
 # make bench   measurements; make lint, make packages, make setup, make setup-btrfs, make clean
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 FCVM := $(VENV)/bin/fcvm
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test test-unit test-host test-vm fuzz pjdfstest bench lint packages packages-test setup setup-btrfs demo-image clean
+.PHONY: run test test-unit test-host test-vm fuzz pjdfstest pjdfstest-guest bench lint packages packages-test setup setup-btrfs demo-image clean
 
 run: demo-image
 	$(FCVM) podman run --name hello localhost/fcvm-demo -- echo "Hello from a microVM"
@@ -30,7 +31,10 @@ fuzz: $(VENV)/.dev
 	$(VENV)/bin/python tests/fuse_fuzz.py $(ARGS)
 
 pjdfstest: $(VENV)/.dev
-	$(VENV)/bin/python tests/fuse_mounted.py prove -r $(PJDFSTEST)/tests
+	$(VENV)/bin/python tests/pjdfstest.py $(PJDFSTEST) $(ARGS)
+
+pjdfstest-guest: $(VENV)/.dev demo-image
+	$(VENV)/bin/python tests/pjdfstest.py --guest $(PJDFSTEST) $(ARGS)
 
 bench: packages-test $(VENV)/.dev setup
 	$(VENV)/bin/python -m bench $(ARGS)
