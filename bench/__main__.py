@@ -16,8 +16,8 @@ from fcvm.storage.layout import Layout
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "build/bench"
-BENCHES = ("start", "run", "clones", "guests", "network", "iperf", "volumes", "nested")
-WHERE_VMS_ARE = ("run", "guests", "iperf")
+BENCHES = ("start", "run", "clones", "guests", "network", "iperf", "volumes", "volumes_guest", "nested")
+WHERE_VMS_ARE = ("run", "guests", "iperf", "volumes_guest")
 REPORTED = ("start", "run", "clones", "guests", "iperf")
 
 

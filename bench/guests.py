@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.common import FCVM, INTERPRETER, available, beside, image, machine, now, pss, show, summary
 from fc_agent.protocol import Identity, NetworkPlan
-from fcvm import config, setup
+from fcvm import config, hostpath, setup
 from fcvm.agent import session, vsock
 from fcvm.agent.control import Control
 from fcvm.firecracker.process import VSOCK, Firecracker
@@ -132,7 +132,8 @@ def run(spec: RunSpec) -> dict[str, float]:
     """`fcvm podman run`: the stages that --timings prints, in seconds since the start."""
     envelope = {"args": {"fcvm_command": "podman", "action": "run", "spec": spec.to_json()}, "settings": {}}
     command = [sys.executable, "-m", "fcvm.cli.remote", json.dumps(envelope)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    env = {**os.environ, hostpath.HOST_ROOT: "/"}  # the paths of the specification are this side's
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     rows = [line.rsplit(None, 4) for line in done.stderr.splitlines() if line.endswith(" s")]
