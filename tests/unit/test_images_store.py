@@ -1,7 +1,9 @@
 """The store: names, ids, removal, pruning, and what is in use."""
 
+import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,20 @@ def test_the_docker_daemon_is_asked_for_an_id(tmp_path: Path) -> None:
             server.shutdown()
             thread.join()
     assert docker.image_id("x", {"DOCKER_HOST": "tcp://127.0.0.1:1"}) == ""
+
+
+@pytest.mark.parametrize("remove", [lambda layout: store.prune(layout, everything=True), lambda layout: store.untag(layout, "localhost/x")])
+def test_a_full_disk_is_freed(layout: Layout, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Layout], object]) -> None:
+    """The names are written only when the image has made the space for them."""
+    key = add(layout, "a", "localhost/x:latest")
+    write = store.write_atomically
+
+    def write_if_there_is_space(path: Path, text: str) -> None:
+        if store.disk_path(layout, key).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(store, "write_atomically", write_if_there_is_space)
+    remove(layout)
+    assert (listed(layout), store.names(layout)) == ({}, {})
+    assert store.prune(layout) == []

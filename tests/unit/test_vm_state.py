@@ -144,3 +144,18 @@ def test_a_full_disk_costs_the_record_and_not_the_vm(layout: Layout, monkeypatch
     entry.update(status="stopping")
     assert [(r.status, r.health) for r in state.records(layout)] == [("stopping", "unhealthy")]
     entry.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's identity")
+def test_what_may_not_be_written_to_can_be_looked_at(layout: Layout) -> None:
+    state.write(layout, record("crashed"))
+    layout.vms.mkdir(exist_ok=True)
+    for path in (layout.base, *layout.base.parents[:2]):
+        path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        assert state.sweep(layout) == []
+        assert [found.name for found in state.records(layout)] == ["crashed"]
+    finally:
+        os.seteuid(0)
+    assert state.sweep(layout) == ["crashed"]

@@ -223,9 +223,9 @@ def untag(layout: Layout, text: str, *, used: Collection[str] = ()) -> tuple[str
         last = len(called) <= 1
         if last and image.key in in_use(layout) | set(used):
             raise ConflictError(f"The image {removed} is used by a VM or a snapshot.", hint="fcvm ls; fcvm snapshot ls")
-        _write_names(layout, {name: target for name, target in current.items() if name != removed})
-        if last:
+        if last:  # before the names: on a full disk that makes the space for them
             _delete(layout, image.key)
+        _write_names(layout, {name: target for name, target in current.items() if name != removed})
         return removed, last
 
 
@@ -236,12 +236,12 @@ def prune(layout: Layout, *, everything: bool = False, used: Collection[str] = (
         keep = in_use(layout) | set(used)
         gone = [image for image, called in images(layout) if image.key not in keep and (everything or not called)]
         keys = {image.key for image in gone}
-        # A name whose disk is gone, however that came about, is of no use either.
-        _write_names(
-            layout, {n: t for n, t in current.items() if t.key not in keys and disk_path(layout, t.key).exists()}
-        )
-        for key in keys:
+        for key in keys:  # before the names: on a full disk that makes the space for them
             _delete(layout, key)
+        # A name whose disk is gone, however that came about, is of no use either.
+        kept = {name: target for name, target in current.items() if disk_path(layout, target.key).exists()}
+        if kept != current:
+            _write_names(layout, kept)
         for path in layout.images.glob("*.json"):
             if path.name != "names.json" and not path.with_suffix(".img").exists():
                 remove(path)

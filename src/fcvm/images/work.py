@@ -33,8 +33,9 @@ def directory(layout: Layout) -> Iterator[Path]:
 
 def sweep(layout: Layout) -> None:
     """Remove the directories of processes that are gone."""
-    with locked(layout.cache / ".images.lock"):
-        _sweep(layout.cache / "images")
+    if (layout.cache / "images").exists():
+        with locked(layout.cache / ".images.lock"):
+            _sweep(layout.cache / "images")
 
 
 def _sweep(parent: Path) -> None:

@@ -8,6 +8,7 @@ crashed; ``sweep`` removes what it left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -185,10 +186,11 @@ def sweep(layout: Layout) -> list[str]:
     """Remove what VMs whose supervisor died without cleaning up have left; returns their names.
 
     Processes, namespaces and taps are bound to the supervisor by the kernel and are gone already; what remains is
-    files, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings.
+    files, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings. Where
+    we may not write, nothing is removed.
     """
-    names = []
-    with contextlib.suppress(FileNotFoundError), locked(os.path.join(layout.place("state"), ".register.lock")):
+    names: list[str] = []
+    with _if_writable(), locked(os.path.join(layout.place("state"), ".register.lock")):
         known = {record.id: record for record in records(layout)}
         for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
             record = known.get(vm_id)
@@ -202,6 +204,16 @@ def sweep(layout: Layout) -> list[str]:
             forget(layout, vm_id)
             names.append(record.name if record else vm_id)
     return names
+
+
+@contextlib.contextmanager
+def _if_writable() -> Iterator[None]:
+    """Leave the block quietly if the data directory is read-only, another user's, or so full that no lock can be made."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+            raise
 
 
 def forget(layout: Layout, vm_id: str) -> None:
