@@ -1,12 +1,15 @@
 """Which ports a guest listens on, as the kernel prints it."""
 
+import queue
 import socket
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fcvm.vm.listeners import parse
+from fcvm.errors import AgentError
+from fcvm.vm import listeners
+from fcvm.vm.listeners import Refusals, parse
 
 TABLE = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -33,3 +36,33 @@ def test_what_this_kernel_prints(ip: str, loopback: bool) -> None:
         sock.listen()
         text = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
         assert loopback in parse(text)[sock.getsockname()[1]]
+
+
+def test_a_port_of_the_loopback_is_told_once_and_shown_as_long_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = [{"protocol": protocol, "guest_port": port} for protocol, port in (("tcp", 80), ("tcp", 81), ("udp", 80))]
+    refusals = Refusals("web", tmp_path, shown)
+    asked: queue.Queue[dict[str, object]] = queue.Queue()
+    monkeypatch.setattr(listeners, "on_loopback_only", lambda _directory, ports: sorted(ports))
+    refusals.look({80}, asked.put)
+    assert asked.get(timeout=60) == {"op": "unreachable", "ports": [80]}
+    for _ in range(2):
+        refusals.note([80], loopback_only=True)
+    assert [port.get("loopback_only") for port in shown] == [True, None, None]
+    assert capsys.readouterr().err.count("Port 80 is published, but what listens on it in web") == 1
+    refusals.note([80], loopback_only=False)
+    assert [port.get("loopback_only") for port in shown] == [False, None, None]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_guest_that_does_not_tell_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: queue.Queue[None] = queue.Queue()
+
+    def refuse(*_: object) -> list[int]:
+        looked.put(None)
+        raise AgentError("It is not there yet.")
+
+    monkeypatch.setattr(listeners, "on_loopback_only", refuse)
+    Refusals("web", tmp_path, []).look({80}, lambda _request: pytest.fail("nothing is known"))
+    looked.get(timeout=60)

@@ -15,7 +15,7 @@ from fcvm import config as settings
 from fcvm.errors import AgentError, ConflictError, FcvmError
 from fcvm.firecracker.process import Console
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, rpc, state, supervisor
+from fcvm.vm import background, post_mortem, rpc, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
 from fcvm.vm.start import Boot
 from fcvm.vm.supervisor import Supervisor
@@ -122,7 +122,7 @@ def test_why_a_vm_died(code: int, console: str, said: str, tmp_path: Path) -> No
     seen.file.close()
     seen.tail = console.encode()
     spec = RunSpec(name="dead", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
-    error = supervisor._post_mortem(SimpleNamespace(console=seen, process=SimpleNamespace(returncode=code)), spec)  # type: ignore[arg-type]
+    error = post_mortem.why(SimpleNamespace(console=seen, process=SimpleNamespace(returncode=code)), spec)  # type: ignore[arg-type]
     assert re.search(said, error.message)
     assert console.strip() in error.message
 

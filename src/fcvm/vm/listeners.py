@@ -1,13 +1,58 @@
 """Why a published port of a VM refuses: a service that listens on the guest's loopback only is not reached from outside."""
 
-from collections.abc import Collection
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+from fcvm import log
 from fcvm.agent import session
+from fcvm.errors import AgentError
 from fcvm.vm import sessions
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+class Refusals:
+    """The published ports at which a VM's guest refuses connections, for its supervisor."""
+
+    def __init__(self, name: str, directory: Path, shown: list[dict[str, Any]]) -> None:
+        """
+        Arguments:
+            shown: the ports as `fcvm ls` shows them; ``loopback_only`` is noted there.
+        """
+        self._name = name
+        self._directory = directory
+        self._shown = shown
+        self._told: set[int] = set()  # of which the user was told
+
+    def look(self, ports: Collection[int], ask: Callable[[dict[str, Any]], None]) -> None:
+        """Ask the guest why it refuses, in another thread, as that takes a while; ``ask`` is told which are unreachable."""
+
+        def find_out() -> None:
+            with contextlib.suppress(AgentError, OSError):  # it is not there yet, or no more
+                ask({"op": "unreachable", "ports": on_loopback_only(self._directory, ports)})
+
+        threading.Thread(target=find_out, name="listeners", daemon=True).start()
+
+    def note(self, ports: Collection[int], *, loopback_only: bool) -> None:
+        """Show it of these ports, and tell the user, once of each."""
+        for port in sorted(set(ports) - self._told) if loopback_only else ():
+            log.warning(
+                f"Port {port} is published, but what listens on it in {self._name} does so on the loopback only; "
+                "have it listen on 0.0.0.0."
+            )
+            self._told.add(port)
+        for shown in self._shown:
+            if shown["protocol"] == "tcp" and shown["guest_port"] in ports:
+                shown["loopback_only"] = loopback_only
 
 
 def on_loopback_only(directory: Path, ports: Collection[int]) -> list[int]:

@@ -31,7 +31,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import listeners, network, operations, output, paths, plan, rpc, sessions, state, warm
+from fcvm.vm import listeners, network, operations, output, paths, plan, post_mortem, rpc, sessions, state, warm
 from fcvm.vm.clock import Clock
 from fcvm.vm.freezing import Freezing
 from fcvm.vm.spec import RunSpec
@@ -93,7 +93,6 @@ class Supervisor:
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
         self._killing = False
         self._stop_sent = False
-        self._unreachable: set[int] = set()  # published ports of which the user was told
         self._warmed = False  # the container was healthy, and a warm start taken if one was wanted
         self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
@@ -196,7 +195,8 @@ class Supervisor:
         self.network = stack.enter_context(self._start.network(self))
         self._shown = stack.enter_context(network.shown(self))
         self.entry.update(network=self._shown)
-        self.network.on_refused = self._on_refused
+        self._refusals = listeners.Refusals(self.spec.name, self.directory, self._shown["ports"])
+        self.network.on_refused = lambda ports: self._refusals.look(ports, self.ask)
         self.network.on_answered = lambda ports: self.ask({"op": "reachable", "ports": list(ports)})
         self.timings.mark("network")
         self._start.disks(self)
@@ -298,35 +298,10 @@ class Supervisor:
             return
         self.firecracker.process.wait()
         self.firecracker.console.join()
-        raise _post_mortem(self.firecracker, self.spec)
+        raise post_mortem.why(self.firecracker, self.spec)
 
     def _on_network_end(self, message: str) -> None:
         raise NetworkError(message)
-
-    def _on_refused(self, ports: frozenset[int]) -> None:
-        """In another thread: the guest refuses connections to published ports. Ask it why; that takes a while."""
-
-        def look() -> None:
-            with contextlib.suppress(AgentError, OSError):  # it is not there yet, or no more
-                found = listeners.on_loopback_only(self.directory, ports)
-                self.ask({"op": "unreachable", "ports": found})
-
-        threading.Thread(target=look, name="listeners", daemon=True).start()
-
-    def _on_unreachable(self, ports: list[int]) -> None:
-        for port in set(ports) - self._unreachable:
-            log.warning(
-                f"Port {port} is published, but what listens on it in {self.spec.name} does so on the loopback only; "
-                "have it listen on 0.0.0.0."
-            )
-        self._unreachable.update(ports)
-        self._note(ports, loopback_only=True)
-
-    def _note(self, ports: list[int], *, loopback_only: bool) -> None:
-        for port in self._shown["ports"]:
-            if port["protocol"] == "tcp" and port["guest_port"] in ports:
-                port["loopback_only"] = loopback_only
-        self.entry.update(network=self._shown)
 
     def _on_control(self) -> None:
         for message in self.control.receive():
@@ -446,11 +421,9 @@ class Supervisor:
         self._waiting.clear()
 
     def _carry_out(self, request: dict[str, Any]) -> None:
-        if request["op"] == "unreachable":
-            self._on_unreachable(request["ports"])
-            return
-        if request["op"] == "reachable":
-            self._note(request["ports"], loopback_only=False)
+        if request["op"] in ("unreachable", "reachable"):
+            self._refusals.note(request["ports"], loopback_only=request["op"] == "unreachable")
+            self.entry.update(network=self._shown)
             return
         if request["op"] == "kill" or self._phase in UNPLANNED:
             self._kill()
@@ -478,20 +451,3 @@ class Supervisor:
                 raise ContainerError(str(exit["message"]), exit_code=code, hint=exit.get("hint"))
             log.warning(f"{exit['message']}{self.firecracker.console.quote(5)}")
         return code
-
-
-def _post_mortem(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
-    """Why a VM died by itself, told from its console: panic=-1 makes Firecracker exit with 0 after a kernel panic."""
-    console = firecracker.console
-    code = firecracker.process.returncode
-    if code < 0:  # whatever the guest does, it exits
-        return GuestError(f"Firecracker was killed by signal {-code} before the container had ended.{console.quote()}")
-    text = "\n".join(console.lines(200))
-    if "Out of memory" in text or "out of memory" in text or "oom-kill" in text:
-        return GuestError(
-            f"The guest ran out of memory ({spec.memory} MiB).{console.quote()}", hint=f"--mem {spec.memory * 2}"
-        )
-    if "Kernel panic" in text:
-        reason = text.split("Kernel panic", 1)[1].splitlines()[0].removeprefix(" - ").strip()
-        return GuestError(f"The guest's kernel panicked: {reason}.{console.quote()}")
-    return GuestError(f"Firecracker exited with code {code} before the container had ended.{console.quote()}")
