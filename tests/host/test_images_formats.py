@@ -383,3 +383,9 @@ def test_the_configuration_of_the_demo_image(tmp_path: Path, home: Path, layout:
     again = tmp_path / "again.tar"
     subprocess.run([sys.executable, build, "demo", "--output", str(again)], env=environment, check=True, capture_output=True)
     assert hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(next((layout.cache / "examples").glob("demo-*.tar")).read_bytes()).digest()
+
+
+def test_a_file_whose_name_is_no_text(layout: Layout, home: Path, tmp_path: Path) -> None:
+    path = image(tmp_path / "a.tar").rename(tmp_path / os.fsdecode(b"\xff.tar"))
+    made = resolve.ensure(f"docker-archive:{path}", layout=layout)
+    assert store.names(layout)[f"docker-archive:{path}"].key == made.key

@@ -39,7 +39,7 @@ def image(
         size: bytes that will be fetched, if that is known.
     """
     # One of 256 locks: sources seldom share one, and then they wait for each other.
-    lock = layout.cache / "locks" / hashlib.sha256(str(source).encode()).hexdigest()[:2]
+    lock = layout.cache / "locks" / hashlib.sha256(os.fsencode(str(source))).hexdigest()[:2]
     with _errors(name, layout), locked(lock), work.directory(layout) as scratch:
         entry = store.names(layout).get(name)  # somebody may have made it while we waited
         same = entry and (entry.stamp == stamp if stamp else entry.key == store.key(source.digest))
