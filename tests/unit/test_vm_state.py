@@ -50,6 +50,15 @@ def test_find_by_name_id_beginning_and_pid(layout: Layout) -> None:
     entry.close()
 
 
+def test_a_pid_of_several_clones_names_none_of_them(layout: Layout) -> None:
+    entries = [state.register(layout, record(f"web-{number}", created_at=float(number))) for number in range(3)]
+    with pytest.raises(UsageError, match=r"There are 3 VMs with pid .*: web-0, web-1, web-2") as caught:
+        state.find(layout, pid=os.getpid())
+    assert caught.value.hint == "give the name of one"
+    for entry in entries:
+        entry.close()
+
+
 def test_a_kept_vm_stays_and_is_not_alive(layout: Layout) -> None:
     entry = state.register(layout, record("web", keep=True))
     entry.update(status="exited", exit_code=3)

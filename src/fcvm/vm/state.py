@@ -169,14 +169,17 @@ def find(layout: Layout, *, name: str | None = None, pid: int | None = None, ali
     """The VM of that name, id (or unambiguous beginning of it) or supervisor pid.
 
     Raises:
-        NotFoundError: there is none (or, with ``alive``, it does not run).
+        NotFoundError: there is none (or, with ``alive``, it does not run). UsageError: there are several.
     """
     what = f"with pid {pid}" if name is None else f"named {name!r}"
     found = [r for r in records(layout) if (r.pid == pid if name is None else name in (r.name, r.id))]
     if not found and name is not None and len(name) >= 4:
         found = [r for r in records(layout) if r.id.startswith(name)]
-    if len(found) != 1:
+    if not found:
         raise NotFoundError(f"There is no VM {what}.", hint="fcvm ls --all")
+    if len(found) > 1:  # clones of one client or server have its pid
+        names = ", ".join(record.name for record in found[:8]) + (" ..." if len(found) > 8 else "")
+        raise UsageError(f"There are {len(found)} VMs {what}: {names}.", hint="give the name of one")
     if alive and not is_alive(layout, found[0].id):
         raise NotFoundError(f"The VM {found[0].name!r} is not running.", hint="fcvm ls --all")
     return found[0]
