@@ -127,6 +127,24 @@ def test_following_ends_with_the_container_and_survives_rotation(tmp_path: Path)
     assert b"".join(seen) == b"before\nafter\n" + b"x" * (1 << 20) + b"end\n"
 
 
+def test_a_log_is_followed_from_before_its_beginning(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    thread = threading.Thread(target=lambda: seen.extend(data for _, _, data in follow_log(tmp_path)))
+    thread.start()
+    output = Output(tmp_path / LOG, 1 << 20, show=False, prefix=False)
+    output.write("stdout", b"first")
+    output.close()
+    (tmp_path / CLOSED).touch()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert seen == [b"first"]
+
+
+def test_a_log_that_never_came_ends_with_its_vm(tmp_path: Path) -> None:
+    (tmp_path / CLOSED).touch()
+    assert list(follow_log(tmp_path)) == []
+
+
 def test_what_is_written_while_a_follower_looks_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Output(tmp_path / LOG, 1 << 10, show=False, prefix=False)
     log.write("stdout", b"one ")

@@ -132,10 +132,13 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
     with inotify.Watch(directory, _CHANGES) as watch:
         with contextlib.suppress(FileNotFoundError), open(directory / f"{LOG}.1", "rb") as old:
             yield from records(old.fileno())
-        file: BinaryIO = open(directory / LOG, "rb")  # noqa: SIM115
+        while (file := _opened(directory / LOG)) is None:  # it is being rotated, or the VM has only just begun
+            if _ended(directory):
+                return
+            watch.wait(timeout=5.0)
         try:
             while True:
-                ended = not directory.exists() or (directory / CLOSED).exists()  # before we look for the last records
+                ended = _ended(directory)  # before we look for the last records
                 yield from records(file.fileno())
                 if _inode(directory / LOG) in (os.fstat(file.fileno()).st_ino, None):
                     if ended:
@@ -147,6 +150,18 @@ def follow_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:
                     file = _successor(directory, file)
         finally:
             file.close()
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        return None
+
+
+def _ended(directory: Path) -> bool:
+    """Whether nothing more will be written there."""
+    return not directory.exists() or (directory / CLOSED).exists()
 
 
 def _successor(directory: Path, file: BinaryIO) -> BinaryIO:
