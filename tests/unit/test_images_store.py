@@ -243,3 +243,28 @@ def test_a_full_disk_is_freed(layout: Layout, monkeypatch: pytest.MonkeyPatch, r
     remove(layout)
     assert (listed(layout), store.names(layout)) == ({}, {})
     assert store.prune(layout) == []
+
+
+def test_vms_that_end_while_their_disks_are_looked_at(layout: Layout) -> None:
+    """Found as `fcvm images prune` that failed beside a VM that ended."""
+    key = add(layout, "a", "localhost/x:latest")
+    (layout.vms / "lives").mkdir(parents=True)
+    (layout.vms / "lives/image.img").symlink_to(store.disk_path(layout, key))
+    (layout.vms / "file").touch()
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            directory = layout.vms / "ends"
+            directory.mkdir()
+            (directory / "image.img").symlink_to("/other.img")
+            (directory / "image.img").unlink()
+            directory.rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all(key in store.in_use(layout) for _ in range(2000))
+    finally:
+        ended.set()
+        thread.join()

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from fc_agent.structs import Struct
-from fcvm.errors import HostError
 from fcvm.storage import records
-from fcvm.storage.layout import Layout
 
 
 class Thing(Struct):
@@ -38,10 +36,3 @@ def test_anything_else_is_a_value_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "thing").write_bytes(content)
     with pytest.raises(ValueError, match=r"."):
         records.read(Thing, tmp_path / "thing")
-
-
-def test_a_data_directory_that_cannot_be_made_is_named_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(HostError, match=f"{tmp_path}/file cannot be used: .*Not a directory") as raised:
-        Layout(tmp_path / "file").place("state")
-    assert "FCVM_BASE_DIR" in str(raised.value.hint)

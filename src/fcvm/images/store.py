@@ -22,7 +22,7 @@ from fcvm.errors import ConflictError, ImageError, NotFoundError, UsageError
 from fcvm.images import reference as references
 from fcvm.images import registries
 from fcvm.storage import records
-from fcvm.storage.layout import Layout, locked, remove
+from fcvm.storage.layout import Layout, linked, locked, remove
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -190,11 +190,7 @@ def by_id(layout: Layout, text: str) -> tuple[Image, list[str]] | None:
 def in_use(layout: Layout) -> set[str]:
     """The keys of the images that a VM or a snapshot has as a disk."""
     used = {path.stem for path in layout.images.glob("*.img") if path.stat().st_nlink > 1}
-    for directory in (layout.vms, layout.snapshots):
-        for path in directory.glob("*/*.img"):
-            if path.is_symlink():
-                used.add(Path(os.readlink(path)).stem)
-    return used
+    return used | {Path(target).stem for directory in (layout.vms, layout.snapshots) for target in linked(directory)}
 
 
 def untag(layout: Layout, text: str, *, used: Collection[str] = ()) -> tuple[str, bool]:

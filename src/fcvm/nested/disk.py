@@ -14,6 +14,7 @@ image, and this very disk, for VMs further in.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fc_agent.structs import replace
@@ -26,7 +27,7 @@ from fcvm.setup import assets as setup_assets
 from fcvm.setup import bytecode, keys, workspace
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress
-from fcvm.storage.layout import Layout, locked, remove
+from fcvm.storage.layout import Layout, linked, locked, remove
 
 RECIPE = 1  # raise it when the same inputs shall give another disk
 KEPT = 2  # disks: one for each version of what is on them
@@ -161,10 +162,11 @@ def compile_code(directory: Path, tools: Path, work: Path) -> None:
 def trim(layout: Layout) -> None:
     """Remove the oldest disks, so that ``KEPT`` stay; those that a VM or a snapshot uses stay as well."""
     directory = layout.directory("nested")
-    used = {os.readlink(path) for path in layout.vms.glob("*/*.img") if path.is_symlink()}
+    used = linked(layout.vms)
     for manifest in layout.snapshots.glob("*/config.json"):
-        text = manifest.read_text()
-        used |= {str(path) for path in directory.glob("*.img") if path.name in text}
+        with suppress(FileNotFoundError):  # it is being removed
+            text = manifest.read_text(errors="replace")
+            used |= {str(path) for path in directory.glob("*.img") if path.name in text}
     disks = sorted(directory.glob("*.img"), key=lambda path: path.stat().st_mtime)
     for path in disks[:-KEPT]:
         if str(path) not in used:

@@ -127,10 +127,26 @@ def remove(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None
     if os.path.isdir(path) and not os.path.islink(path):
         import shutil
 
-        shutil.rmtree(path, ignore_errors=ignore_errors)
+        while os.path.lexists(path):
+            try:
+                shutil.rmtree(path, ignore_errors=ignore_errors)
+                return
+            except FileNotFoundError:  # somebody else removes it as well
+                continue
     else:
         with suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def linked(parent: str | os.PathLike[str]) -> set[str]:
+    """What the symbolic links in the directories of ``parent`` lead to: the disks that VMs have. Any may go meanwhile."""
+    found: set[str] = set()
+    for directory in os.listdir(parent):
+        with suppress(OSError):  # a file, or gone
+            for name in os.listdir(os.path.join(parent, directory)):
+                with suppress(OSError):  # no link, or gone
+                    found.add(os.readlink(os.path.join(parent, directory, name)))
+    return found
 
 
 @contextmanager
