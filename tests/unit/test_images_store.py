@@ -268,3 +268,11 @@ def test_vms_that_end_while_their_disks_are_looked_at(layout: Layout) -> None:
     finally:
         ended.set()
         thread.join()
+
+
+def test_scratch_directories_that_go_while_they_are_swept(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two `fcvm images pull` at once: the one that ends removes its directory while the other looks at it."""
+    with work.directory(layout) as path:
+        monkeypatch.setattr(Path, "glob", lambda *_: [path.with_name("gone"), path])
+        work.sweep(layout)
+        assert path.exists()

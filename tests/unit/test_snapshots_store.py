@@ -308,3 +308,9 @@ def test_directories_that_cannot_be_snapshots_are_left_alone(layout: Layout, nam
     assert store.tags(layout) == []
     assert store.prune(layout, everything=True) == []
     assert (layout.snapshots / name).is_dir()
+
+
+def test_what_goes_while_others_are_pruned_is_no_error(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(layout, "boot", kind="boot")
+    monkeypatch.setattr(store, "tags", lambda _layout: ["gone", "boot"])
+    assert [tag for tag, _ in store.prune(layout)] == ["boot"]

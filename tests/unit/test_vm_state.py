@@ -87,7 +87,8 @@ time.sleep(600)
 """
 
 
-def test_a_killed_supervisor_is_seen_at_once_and_swept(layout: Layout) -> None:
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_killed_supervisor_is_seen_at_once_and_swept(layout: Layout, swept: bool) -> None:
     src = str(Path(__file__).parents[2] / "src")
     code = HOLDER.format(src=src, base=str(layout.base))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
@@ -98,7 +99,12 @@ def test_a_killed_supervisor_is_seen_at_once_and_swept(layout: Layout) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not state.is_alive(layout, "0123456789ab")
-    assert state.sweep(layout) == ["crash"]
+    state.register(layout, record("other")).close()
+    assert [found.name for found in state.records(layout)] == ["crash"]
+    if swept:
+        assert state.sweep(layout) == ["crash"]
+    else:  # somebody wants its name before anybody has swept
+        state.register(layout, record("crash")).close()
     assert left(layout) == []
     assert list(layout.vms.iterdir()) == []
 

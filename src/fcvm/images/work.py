@@ -40,7 +40,10 @@ def sweep(layout: Layout) -> None:
 
 def _sweep(parent: Path) -> None:
     for path in parent.glob("*"):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # its owner has just removed it
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(path)

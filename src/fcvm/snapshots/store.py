@@ -201,12 +201,12 @@ def prune(layout: Layout, *, everything: bool = False) -> list[tuple[str, int]]:
     """
     removed = sweep(layout)
     for tag in tags(layout):
-        try:
-            wanted = everything or find(layout, tag).manifest.kind != "user"
-        except SnapshotError:
-            wanted = True
-        if wanted:
-            with contextlib.suppress(ConflictError, NotFoundError):
+        with contextlib.suppress(ConflictError, NotFoundError):  # it is in use, or somebody has removed it
+            try:
+                wanted = everything or find(layout, tag).manifest.kind != "user"
+            except SnapshotError:
+                wanted = True
+            if wanted:
                 removed.append((tag, remove(layout, tag)))
     return removed
 

@@ -58,6 +58,11 @@ class Record(Struct):
     keep: bool = False
     schema: int = SCHEMA
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it has ended as it should, and stays for the user to remove."""
+        return self.status == "exited" and self.keep
+
     def public(self) -> dict[str, Any]:
         """The record as JSON for users."""
         values = asdict(self)
@@ -114,9 +119,12 @@ def register(layout: Layout, record: Record) -> Registration:
         ConflictError: its name is that of another VM.
     """
     with locked(os.path.join(layout.place("state"), ".register.lock")):
-        for other in records(layout):
-            if other.name == record.name:
-                verb = "running" if is_alive(layout, other.id) else "kept"
+        for other in [other for other in records(layout) if other.name == record.name]:
+            alive = is_alive(layout, other.id)
+            if not alive and not other.is_kept:
+                _clear(layout, other.id)
+            else:
+                verb = "running" if alive else "kept"
                 raise ConflictError(
                     f"A VM named {record.name!r} exists already ({verb}).",
                     hint=f"fcvm {'stop' if verb == 'running' else 'rm'} {record.name}",
@@ -199,14 +207,19 @@ def sweep(layout: Layout) -> list[str]:
             record = known.get(vm_id)
             if vm_id.startswith(".") or is_alive(layout, vm_id):
                 continue
-            if record is not None and record.status == "exited" and record.keep:
+            if record is not None and record.is_kept:
                 continue
-            from fcvm.firecracker import strays
-
-            strays.end(layout.vms / vm_id)
-            forget(layout, vm_id)
+            _clear(layout, vm_id)
             names.append(record.name if record else vm_id)
     return names
+
+
+def _clear(layout: Layout, vm_id: str) -> None:
+    """Remove what a VM has left that has crashed."""
+    from fcvm.firecracker import strays
+
+    strays.end(layout.vms / vm_id)
+    forget(layout, vm_id)
 
 
 @contextlib.contextmanager
