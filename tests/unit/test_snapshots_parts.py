@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fcvm.cli.snapshot import distributed, pool_size
 from fcvm.errors import FcvmError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
-from fcvm.snapshots import page_faults, servers, working_set
+from fcvm.snapshots import page_faults, pool, servers, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.storage.layout import Layout
@@ -246,3 +246,26 @@ def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Pat
             with sockets.connect(tmp_path / "sock", timeout=30) as connection:
                 assert connection.recv(1) == b""
         assert (server.faults(), server.error, failed) == ([], None, [])
+
+
+def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, swept = pool._hold, iter(range(10))
+
+    def hold_late(directory: Path) -> int:
+        turn = next(swept)
+        if turn == 0:  # somebody sweeps, and has it
+            raise BlockingIOError
+        if turn == 1:  # somebody has swept
+            lock = hold(directory)
+            directory.rmdir()
+            return lock
+        return hold(directory)
+
+    monkeypatch.setattr(pool, "_hold", hold_late)
+    made, lock = pool._make_held(tmp_path)
+    monkeypatch.undo()
+    pool.sweep(tmp_path)
+    assert made.is_dir(), "it is held, so it is in use"
+    os.close(lock)
+    pool.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -183,9 +183,7 @@ class Pool:
         self.kit = kit
         self.minimum = minimum
         self.maximum = max(minimum, maximum)
-        self.directory = parent / f"{PREFIX}{os.urandom(6).hex()}"
-        self.directory.mkdir(mode=0o700)
-        self._lock = _hold(self.directory)
+        self.directory, self._lock = _make_held(parent)
         self._changed = threading.Condition()
         self._ready: deque[Loaded] = deque()
         self._taken: deque[float] = deque()  # when, for MEMORY seconds
@@ -364,10 +362,25 @@ def sweep(parent: Path) -> None:
     """Remove the directories of pools whose process was killed; their clones ended with it."""
     for path in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            os.close(_hold(path))
-            for clone in path.iterdir():
-                strays.end(clone)
-            remove(path)
+            lock = _hold(path)
+            try:
+                for clone in path.iterdir():
+                    strays.end(clone)
+                remove(path)
+            finally:
+                os.close(lock)
+
+
+def _make_held(parent: Path) -> tuple[Path, int]:
+    """A new pool's directory, and the lock on it; made again if somebody sweeps it away before it is locked."""
+    while True:
+        path = parent / f"{PREFIX}{os.urandom(6).hex()}"
+        path.mkdir(mode=0o700)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = _hold(path)
+            if path.exists():
+                return path, lock
+            os.close(lock)
 
 
 def _hold(directory: Path) -> int:
