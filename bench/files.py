@@ -29,10 +29,10 @@ Case = Callable[[Path, "Sizes"], float]  # returns a rate: more is better
 
 
 class Sizes(NamedTuple):
-    """How much a run does: ``big`` MiB of one file, ``count`` small files, ``random`` reads and writes."""
+    """How much a run does: ``big`` MiB of one file, ``small`` files of 4 KiB, ``random`` reads and writes."""
 
     big: int
-    count: int
+    small: int
     random: int
 
 
@@ -63,21 +63,25 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_all(path: Path) -> None:
+def read_all(file: io.FileIO, times: int = 1) -> None:
     buffer = memoryview(bytearray(MIB))
-    with path.open("rb", buffering=0) as file:
+    for _ in range(times):
+        file.seek(0)
         while file.readinto(buffer):
             pass
 
 
 def read_big(path: Path, sizes: Sizes) -> float:
     forget(path / "big")
-    return timed(lambda: read_all(path / "big"), sizes.big)
+    with io.FileIO(path / "big") as file:
+        return timed(lambda: read_all(file), sizes.big)
 
 
 def read_again(path: Path, sizes: Sizes) -> float:
-    read_all(path / "big")
-    return timed(lambda: [read_all(path / "big") for _ in range(4)], 4 * sizes.big)
+    times = 1024 // sizes.big
+    with io.FileIO(path / "big") as file:
+        read_all(file)
+        return timed(lambda: read_all(file, times), times * sizes.big)
 
 
 def offsets(sizes: Sizes) -> list[int]:
@@ -104,9 +108,15 @@ def create(path: Path, count: int) -> None:
         os.close(fd)
 
 
-def look(path: Path, count: int) -> None:
-    for n in range(count):
-        os.stat(path / f"f{n}")
+def look(path: Path, count: int, times: int = 1) -> None:
+    for n in range(count * times):
+        os.stat(path / f"f{n % count}")
+
+
+def look_again(path: Path, sizes: Sizes) -> float:
+    times = 20
+    look(path / "small", sizes.small)
+    return timed(lambda: look(path / "small", sizes.small, times), times * sizes.small)
 
 
 def open_read(path: Path, count: int) -> None:
@@ -121,19 +131,17 @@ def unlink(path: Path, count: int) -> None:
         os.unlink(path / f"f{n}")
 
 
-def single(work: Callable[[Path, int], None], before: Callable[[Path, int], None] | None = None) -> Case:
+def single(work: Callable[[Path, int], None]) -> Case:
     def case(path: Path, sizes: Sizes) -> float:
         (path / "small").mkdir(exist_ok=True)
-        if before is not None:
-            before(path / "small", sizes.count)
-        return timed(lambda: work(path / "small", sizes.count), sizes.count)
+        return timed(lambda: work(path / "small", sizes.small), sizes.small)
 
     return case
 
 
 def many(work: Callable[[Path, int], None]) -> Case:
     def case(path: Path, sizes: Sizes) -> float:
-        each = max(sizes.count // WORKERS, 5)
+        each = max(sizes.small // WORKERS, 5)
         for n in range(WORKERS):
             (path / f"small{n}").mkdir(exist_ok=True)
         context = multiprocessing.get_context("fork")
@@ -175,7 +183,7 @@ def program(*command: str, reads_archive: bool = False) -> Case:
     """Runs a program in the directory."""
 
     def case(path: Path, sizes: Sizes) -> float:
-        data = archive(sizes.count) if reads_archive else b""
+        data = archive(sizes.small) if reads_archive else b""
 
         def work() -> None:
             subprocess.run(
@@ -197,6 +205,7 @@ CASES: Cases = {
     "random 4 KiB write": ("/s", random_write),
     "create+write+close": ("/s", single(create)),
     "stat": ("/s", single(look)),
+    "stat again, cached": ("/s", look_again),
     "open+read+close": ("/s", single(open_read)),
     "unlink": ("/s", single(unlink)),
     "create, 16 workers": ("/s", many(create)),
