@@ -49,6 +49,7 @@ def initrd(assets: Assets, destination: Path, args: list[str], script: str) -> N
     """Ours with another end: the kernel unpacks concatenated archives, later files replace earlier ones."""
     init = (Path(host.__file__).parent / "setup/init.sh").read_text()
     head, _, _ = init.rpartition("exec /bin/busybox switch_root")
+    head = "".join(line for line in head.splitlines(keepends=True) if "podman" not in line)  # nothing reads it ahead, as nothing runs it
     head += "cp /floor.sh /config.json /root/run/fcvm/ || /bin/busybox cp /floor.sh /config.json /root/run/fcvm/\n"
     init = head + "exec /bin/busybox switch_root -c /dev/console /root /bin/sh /run/fcvm/floor.sh\n"
     entries = [cpio.file("init", init.encode(), 0o755), cpio.file("floor.sh", script.encode(), 0o755)]

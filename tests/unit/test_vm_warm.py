@@ -121,3 +121,14 @@ def test_damaged_one_is_removed_and_taken_again(tmp_path: Path, monkeypatch: pyt
     (layout.snapshots / name / "config.json").write_text("{")
     assert warm.choose(SPEC, ASSETS, layout) == Boot(ASSETS, warm=name)
     assert not (layout.snapshots / name).exists()
+
+
+@pytest.mark.parametrize("start", [Boot(ASSETS, warm="x"), boot_snapshot.BootAndCapture(ASSETS)])
+def test_a_guest_that_does_not_start_is_started_once_more_under_emulation(start: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boot_snapshot.host, "emulated", lambda: True)
+    second = start.another()
+    assert type(second) is type(start)
+    assert second.warm == start.warm
+    assert second.another() is None
+    monkeypatch.setattr(boot_snapshot.host, "emulated", lambda: False)
+    assert start.another() is None

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from fc_agent.structs import Struct
+from fc_agent.structs import Struct, replace
 from fcvm import host, hostpath
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
@@ -91,6 +91,7 @@ class Boot(Start):
 
     assets: Assets
     warm: str | None = None
+    again: bool = False
 
     def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
         """The VM's namespace with its tap."""
@@ -128,6 +129,10 @@ class Boot(Start):
             create.relative_to(vm.directory, None)
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
+
+    def another(self) -> Start | None:
+        """Once more where the CPU is emulated: beside much other work a guest's kernel was seen to stand still early on."""
+        return None if self.again or not host.emulated() else replace(self, again=True)
 
 
 def hardware(spec: RunSpec, tap: str | None, mac: str | None) -> boot.Hardware:
