@@ -359,10 +359,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, help="write the results here as well; -: to stdout, alone on the last line"
     )
-    parser.add_argument("--only", help="only measurements whose name contains this")
+    parser.add_argument("--only", help="only measurements whose name contains this; the file keeps what it has of the others")
     args = parser.parse_args(arguments)
     many = args.many or (10 if args.quick else 50)
-    results: dict[str, Any] = {"machine": machine()}
+    kept = json.loads(args.json.read_text()) if args.only and args.json and args.json.is_file() else {}
+    results: dict[str, Any] = {**kept, "machine": machine()}
     show("machine", results["machine"])
     with contextlib.ExitStack() as stack:
         bench = Bench(2 if args.quick else 10, many, stack)

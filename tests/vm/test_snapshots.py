@@ -56,8 +56,10 @@ def serving(tag: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]"
 @pytest.fixture(scope="module")
 def server(baseline: str) -> Iterator[str]:
     """The pid of a clone server of the baseline."""
-    with serving(baseline, "--pool", "1-3") as (_, pid):
+    with serving(baseline, "--pool", "1-3") as (process, pid):
         yield pid
+        assert ok("snapshot", "stop", pid).decode() == f"{pid}\n"
+        assert process.wait(TIMEOUT) == 0
     assert json.loads(ok("snapshot", "ls", "--json")) == []
 
 
