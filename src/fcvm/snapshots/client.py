@@ -108,10 +108,10 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
 
 def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) -> int:
     """Run ``command`` in the container of a new clone, then end that; returns the command's exit code."""
-    from fcvm.agent import session
-    from fcvm.vm import sessions
-
     with contextlib.closing(Clone(layout, pid, wanted)) as clone:
+        from fcvm.agent import session  # while the clone starts
+        from fcvm.vm import sessions
+
         directory = os.path.join(layout.root, "vms", clone.started()["id"])
         try:
             end = sessions.stream(
