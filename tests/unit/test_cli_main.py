@@ -1,6 +1,7 @@
 """The command's face: help, errors, exit codes."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,20 @@ def test_the_machine_is_not_removed_unasked(tmp_path: Path) -> None:
     assert "hint: fcvm machine rm --force" in done.stderr
     assert fcvm("machine", "rm", "--force", base=tmp_path).returncode == 0
     assert not (tmp_path / "machine/disk.img").exists()
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("exec nosuch -- true", 125)])
+def test_closed_standard_streams(words: str, code: int, closing: str, tmp_path: Path) -> None:
+    command = f'"$0" -m fcvm {words} {closing}'
+    env = {**os.environ, "FCVM_BASE_DIR": str(tmp_path), "FCVM_MACHINE": "never"}
+    done = subprocess.run(["sh", "-c", command, sys.executable], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr + done.stdout
+    if code and closing in ("<&-", ">&-"):
+        assert done.stderr.startswith("error: There is no VM named 'nosuch'.")
+
+
+def test_help_says_nothing_of_what_is_not_there() -> None:
+    for words in ((), ("podman",), ("snapshot",), ("snapshots",)):
+        assert "None" not in fcvm(*words, "--help").stdout

@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
 
 
-vars(argparse)["_"] = str  # there are no translations of us, and to look for those of argparse would import locale
+vars(argparse)["_"] = lambda text: text  # there are no translations of us, and to look for those of argparse would import locale
 
 
 class Formatter(argparse.HelpFormatter):
@@ -116,12 +116,22 @@ def requested(argv: list[str]) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Run ``fcvm ARGV``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    open_missing_streams()
     if "_ARGCOMPLETE" in os.environ:
         load("completions").complete()
     try:
         return guarded(lambda: dispatch(argv))
     finally:
         gc.freeze()  # we end: a last search for garbage among all that was imported would take 4 ms
+
+
+def open_missing_streams() -> None:
+    """Have /dev/null in the place of a standard stream that was closed (`fcvm ... <&-`); else the next file would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def guarded(command: Callable[[], int]) -> int:
