@@ -76,7 +76,7 @@ def run(assets: Assets, layout: Layout, image: Path, directory: Path, *, cpu: in
     disks.make_scratch(layout, 1024, directory / boot.SCRATCH_DISK)
     with Firecracker(assets.firecracker, directory, "floor") as vmm, inotify.Watch(directory, inotify.IN_MODIFY) as watch:
         spawned = time.monotonic()
-        hardware = boot.Hardware(cpu, memory, boot_args(emulated=host.emulated(), role="vm"), None, None)
+        hardware = boot.Hardware(cpu, memory, boot_args(emulated=host.emulated(), role="vm"), None, None, dirty_tracking=False)
         boot.configure(vmm.api, hardware)
         boot.start(vmm.api)
         while mark.encode() not in (directory / CONSOLE).read_bytes():

@@ -48,8 +48,9 @@ POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}\n'
 
 # DISABLE_HC_SYSTEMD: health checks are ours; Podman would ask systemd for timers. GOGC and GOMEMLIMIT (Go's runtime package,
 # "Environment Variables"): no garbage collection before it is worth it, which is a third of the time of a start; and a
-# collection in a clone would write to pages that it shares.
-ENVIRONMENT = {"DISABLE_HC_SYSTEMD": "true", "GOGC": "off", "GOMEMLIMIT": "64MiB"}
+# collection in a clone would write to pages that it shares. GOMAXPROCS: what we ask of it comes one by one, and one thread that
+# runs at a time need not wake others: a fourth less CPU time for a container under emulation, no more or less natively.
+ENVIRONMENT = {"DISABLE_HC_SYSTEMD": "true", "GOGC": "off", "GOMEMLIMIT": "64MiB", "GOMAXPROCS": "1"}
 
 # LISTEN_PID must be the service's own: sd_listen_fds(3). The shell's becomes that by exec.
 START = "LISTEN_PID=$$ LISTEN_FDS=1 exec podman system service --time=0"
