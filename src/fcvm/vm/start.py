@@ -150,7 +150,7 @@ def hardware(spec: RunSpec, tap: str | None, mac: str | None) -> boot.Hardware:
         nested=nested,
         # An emulated fault takes half a millisecond, and tracking means one for every page of 4 KiB: a boot that leaves no snapshot
         # goes without (17.5 s for 24 to the first output), and below the machine, where it takes four times as long, every one.
-        dirty_tracking=not (host.deep() or host.emulated() and not spec.snapshot),
+        dirty_tracking=not (host.deep() or (host.emulated() and not spec.snapshot)),
     )
 
 
