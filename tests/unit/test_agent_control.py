@@ -192,7 +192,6 @@ def test_the_pack_is_reproducible_and_runs(tmp_path: Path) -> None:
     pack.pack(first)
     pack.pack(second)
     assert first.read_bytes() == second.read_bytes()
-    assert len(pack.digest()) == 64
     code = f"import sys; sys.path.insert(0, {str(first)!r}); import fc_agent.session, fuse_pipe; print(fc_agent.session.__file__)"
     output = subprocess.run([sys.executable, "-ISE", "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.startswith(str(first))
