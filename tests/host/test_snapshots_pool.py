@@ -24,6 +24,7 @@ from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Pool
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
+from fcvm.vm import state
 
 PAGES = 64
 
@@ -268,7 +269,7 @@ def test_owner_killed_ends_all_clones_and_the_next_sweeps(kit: Kit, vms: Path) -
         pidfds = [os.pidfd_open(int(pid)) for pid in owner.stdout.readline().split()]
         assert len(pidfds) == 3
         try:
-            pools.sweep(vms)
+            state.sweep(Layout(vms.parent))
             assert len(list(vms.iterdir())) == 1, "a living pool is left alone"
             owner.kill()
             for pidfd in pidfds:
@@ -276,7 +277,7 @@ def test_owner_killed_ends_all_clones_and_the_next_sweeps(kit: Kit, vms: Path) -
         finally:
             for pidfd in pidfds:
                 os.close(pidfd)
-    pools.sweep(vms)
+    state.sweep(Layout(vms.parent))
     assert list(vms.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from fcvm import config
 from fcvm.errors import NotFoundError
 from fcvm.firecracker import boot
 from fcvm.setup import Assets
-from fcvm.snapshots import create, pool, servers, store
+from fcvm.snapshots import create, servers, store
 from fcvm.snapshots.client import Clone, Wanted
 from fcvm.snapshots.server import CloneServer, Settings
 from fcvm.storage.layout import Layout
@@ -267,7 +267,7 @@ def test_killed_server_ends_everything_with_a_message(layout: Layout) -> None:
         assert process.wait(60) == 125
         assert process.stderr is not None
         assert f"The clone server {server.pid} has ended" in process.stderr.read()
-        pool.sweep(layout.vms)  # as the next command does, for one that was just being started (linux/leash.py)
+        state.sweep(layout)  # as the next command does, for one that was just being started (linux/leash.py)
         for pidfd in pidfds:
             assert select.select([pidfd], [], [], 60)[0]
             os.close(pidfd)

@@ -174,3 +174,14 @@ def test_what_may_not_be_written_to_can_be_looked_at(layout: Layout) -> None:
     finally:
         os.seteuid(0)
     assert state.sweep(layout) == ["crashed"]
+
+
+def test_a_pool_whose_server_was_killed_is_swept(layout: Layout) -> None:
+    for name in (".pool-1", ".pool-2", ".floor"):
+        (layout.vms / name / "clone").mkdir(parents=True)
+    lock = state.hold(layout.vms / ".pool-2")
+    assert state.sweep(layout) == []
+    assert sorted(path.name for path in layout.vms.iterdir()) == [".floor", ".pool-2"]
+    os.close(lock)
+    state.sweep(layout)
+    assert sorted(path.name for path in layout.vms.iterdir()) == [".floor"]

@@ -11,7 +11,6 @@ The kernel ends every clone, taken or not, with our process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
@@ -23,12 +22,13 @@ from pathlib import Path
 from fc_agent.structs import Struct, field
 from fcvm import host
 from fcvm.errors import FcvmError, SnapshotError
-from fcvm.firecracker import strays
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux.namespaces import Namespace
 from fcvm.snapshots import restore
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import remove
+from fcvm.vm.paths import POOL
+from fcvm.vm.state import hold
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     NetworkFactory = Callable[[str, Path], AbstractContextManager[Any]]
 
-PREFIX = ".pool-"  # of a pool's directory, so that it is not taken for a VM's
 BATCH = 8  # clones that are loaded at the same time: most of a load is one sleeping ioctl
 MEMORY = 10.0  # seconds for which a clone that was taken counts as demand
 QUIET = 0.05  # seconds after the last one was taken until the pool is refilled; and for each that was taken with it
@@ -358,37 +357,13 @@ class Pool:
                 clone.close()
 
 
-def sweep(parent: Path) -> None:
-    """Remove the directories of pools whose process was killed; their clones ended with it."""
-    for path in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            lock = _hold(path)
-            try:
-                for clone in path.iterdir():
-                    strays.end(clone)
-                remove(path)
-            finally:
-                os.close(lock)
-
-
 def _make_held(parent: Path) -> tuple[Path, int]:
     """A new pool's directory, and the lock on it; made again if somebody sweeps it away before it is locked."""
     while True:
-        path = parent / f"{PREFIX}{os.urandom(6).hex()}"
+        path = parent / f"{POOL}{os.urandom(6).hex()}"
         path.mkdir(mode=0o700)
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            lock = _hold(path)
+            lock = hold(path)
             if path.exists():
                 return path, lock
             os.close(lock)
-
-
-def _hold(directory: Path) -> int:
-    """A descriptor with the lock on a pool's directory; raises BlockingIOError if somebody else has it."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

@@ -27,7 +27,7 @@ from fcvm.network import attach
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
-from fcvm.snapshots import page_faults, pool, restore, servers, store, working_set
+from fcvm.snapshots import page_faults, restore, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Loaded, Pool
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
@@ -106,7 +106,7 @@ class CloneServer:
         with contextlib.ExitStack() as stack:
             stack.callback(self._deafen)
             _allow_many_descriptors()
-            pool.sweep(self.layout.vms)
+            state.sweep(self.layout)
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
             self.mode = clones.spec_of(self.snapshot, name="clone", network=self._mode()).network
             info = {

@@ -13,7 +13,7 @@ from fc_agent.structs import replace
 from fcvm import host, setup
 from fcvm.config import Config
 from fcvm.network import attach
-from fcvm.snapshots import pool, store
+from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, state, warm
 from fcvm.vm.spec import RunSpec
@@ -44,7 +44,6 @@ def sweep(config: Config) -> None:
     state.sweep(layout)
     attach.sweep()
     store.sweep(layout)
-    pool.sweep(layout.vms)
 
 
 def foreground(spec: RunSpec, config: Config) -> int:

@@ -21,6 +21,7 @@ from fcvm import log
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage import records as records_on_disk
 from fcvm.storage.layout import Layout, locked, remove
+from fcvm.vm.paths import POOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def sweep(layout: Layout) -> list[str]:
     """Remove what VMs whose supervisor died without cleaning up have left; returns their names.
 
     Processes, namespaces and taps are bound to the supervisor by the kernel and are gone already; what remains is
-    files, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings. Where
+    files, clone servers' among them, and a Firecracker that had just been started. Cheap when there is nothing to do: two directory listings. Where
     we may not write, nothing is removed.
     """
     names: list[str] = []
@@ -205,6 +206,8 @@ def sweep(layout: Layout) -> list[str]:
         known = {record.id: record for record in records(layout)}
         for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
             record = known.get(vm_id)
+            if vm_id.startswith(POOL):
+                _clear_pool(os.path.join(layout.place("vms"), vm_id))
             if vm_id.startswith(".") or is_alive(layout, vm_id):
                 continue
             if record is not None and record.is_kept:
@@ -220,6 +223,33 @@ def _clear(layout: Layout, vm_id: str) -> None:
 
     strays.end(layout.vms / vm_id)
     forget(layout, vm_id)
+
+
+def _clear_pool(path: str) -> None:
+    """Remove the directory of a clone server's pool if it was killed; its clones ended with it, but for one just being started."""
+    with contextlib.suppress(OSError):  # it lives, or somebody else removes it
+        lock = hold(path)
+        try:
+            from pathlib import Path
+
+            from fcvm.firecracker import strays
+
+            for clone in Path(path).iterdir():
+                strays.end(clone)
+            remove(path)
+        finally:
+            os.close(lock)
+
+
+def hold(directory: str | os.PathLike[str]) -> int:
+    """A descriptor with the lock on a pool's directory; raises BlockingIOError if somebody else has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 @contextlib.contextmanager
