@@ -73,7 +73,7 @@ class Ports:
                 {"protocol": str(p["protocol"]), "host_ip": str(p["host_ip"]), "host_port": int(p["host_port"]), "port": int(p["port"])}
                 for p in json.loads(client.buffer)["ports"]
             ]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             client.reply({"error": f"malformed request: {error!r}"})
             return
         if not wanted:

@@ -3,6 +3,7 @@
 import os
 import queue
 import select
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +120,16 @@ def test_many_clients(agent: Agent, tmp_path: Path) -> None:
 def test_no_agent(tmp_path: Path) -> None:
     with pytest.raises(MachineError):
         publish([Port("tcp", "", 1, 1)], tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", "[1]", '{"ports": [1]}', '{"ports": [{"protocol": "tcp", "host_ip": "", "host_port": Infinity, "port": 1}]}', "[" * 50_000],
+)  # fmt: skip
+def test_a_malformed_request_is_answered_and_the_agent_goes_on(text: str, agent: Agent, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(tmp_path / "ports.sock"))
+        client.sendall(text.encode() + b"\n")
+        assert b"malformed request" in client.recv(4096)
+    ask(tmp_path / "ports.sock").get(timeout=60).close()
