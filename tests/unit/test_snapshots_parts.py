@@ -17,6 +17,7 @@ from fcvm.snapshots import page_faults, pool, servers, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.storage.layout import Layout
+from fcvm.vm import state
 
 RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=20)
 
@@ -249,7 +250,8 @@ def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Pat
 
 
 def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold, swept = pool._hold, iter(range(10))
+    layout = Layout(tmp_path)
+    hold, swept = state.hold, iter(range(10))
 
     def hold_late(directory: Path) -> int:
         turn = next(swept)
@@ -261,11 +263,11 @@ def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, 
             return lock
         return hold(directory)
 
-    monkeypatch.setattr(pool, "_hold", hold_late)
-    made, lock = pool._make_held(tmp_path)
+    monkeypatch.setattr(pool, "hold", hold_late)
+    made, lock = pool._make_held(layout.vms)
     monkeypatch.undo()
-    pool.sweep(tmp_path)
+    state.sweep(layout)
     assert made.is_dir(), "it is held, so it is in use"
     os.close(lock)
-    pool.sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    state.sweep(layout)
+    assert list(layout.vms.iterdir()) == []
