@@ -72,7 +72,7 @@ def test_terminal() -> None:
     ours, theirs = pty.openpty()
     os.set_blocking(ours, True)
     process = subprocess.Popen(
-        [*FCVM, "machine", "ssh", "--", "stty size; tty; read line; echo got-$line; sleep 1000"],
+        [*FCVM, "machine", "ssh", "--", "stty size; tty; read line; echo got-$line; exec sleep 1000"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
