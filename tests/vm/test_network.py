@@ -238,10 +238,12 @@ def test_published_ports_reach_nginx(guest: Guest) -> None:
     ]
 
 
-def test_an_established_connection_passes_the_rules_by(guest: Guest) -> None:
+@pytest.mark.skipif("bridged" not in MODES, reason="needs the bridged mode")
+def test_an_established_connection_passes_the_rules_by(guests: dict[str, Guest]) -> None:
     """The namespace's flowtable has it, where the kernel has flowtables (fcvm/network/inner.py)."""
     if subprocess.run(where_vms_are("test", "-e", HAS_FLOWS), check=False).returncode:
         pytest.skip("the kernel has no flowtables")
+    guest = guests["bridged"]
     inside = 'cat "/proc/$(pgrep -f "firecracker .*--id $0")/net/nf_conntrack"'
     with closing(http.client.HTTPConnection("127.0.0.1", guest.web, timeout=PATIENCE)) as connection:
         for _ in range(2):

@@ -132,6 +132,7 @@ def _set_up(spec: NetworkSpec, vm_id: str, published: Sequence[Publish], undo: E
         uplink = _uplink(chosen[0], spec, mtu, ipv6=way_out6 is not None)
         inner.configure(uplink)
         inner.translate(uplink, spec.forward_localhost, _public(published))
+        inner.hasten()
         return inner.listen(spec.forward_localhost)
 
     namespace, fds = namespaces.create(furnish, user=False)
