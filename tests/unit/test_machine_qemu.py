@@ -5,10 +5,12 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from fc_agent.structs import replace
 from fcvm import process
 from fcvm.errors import ConflictError, HostError, MachineError, NetworkError
 from fcvm.machine import qemu
@@ -53,6 +55,12 @@ def test_command_line() -> None:
     assert "unsafe" not in disk
     assert {re.search(r"fd=(\d)", value)[1] for value in values("-chardev") if "fd=" in value} == {"6", "7", "8", "9"}  # type: ignore[index]
     assert any("size=2048M" in value and "share=on" in value for value in values("-object"))
+
+
+@pytest.mark.parametrize(("memory", "translated"), [(1024, 256), (4096, 512), (8192, 1024), (65536, 1024)])
+def test_translated_code_has_a_part_of_the_machines_memory(memory: int, translated: int) -> None:
+    (accelerator,) = [words[1] for words in pairwise(qemu.command(replace(SPEC, memory=memory), "qemu")) if words[0] == "-accel"]
+    assert accelerator.endswith(f",tb-size={translated}")
 
 
 def test_nothing_of_the_host_is_taken_by_default() -> None:
