@@ -92,6 +92,13 @@ def state_of(info: os.stat_result) -> tuple[int, ...]:
     return info.st_ctime_ns, info.st_mtime_ns, info.st_size, info.st_mode, info.st_nlink, info.st_uid, info.st_gid
 
 
+def same(node: Node, info: os.stat_result) -> bool:
+    """Whether this is the node's file. Not one of another kind with its number, which file systems use again: opening
+    that would be opening a device.
+    """
+    return (info.st_ino, info.st_dev, stat.S_IFMT(info.st_mode)) == (node.ino, node.dev, node.kind)
+
+
 def raise_descriptor_limit() -> int:
     """Take all the descriptors that this process may have; how many that is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -218,7 +225,7 @@ class NodeTable:
         if node.fd is None and node.parent is not None and node.parent.fd is not None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 info = os.stat(node.name, dir_fd=node.parent.fd.n, follow_symlinks=False)
-                if info.st_ino == node.ino and info.st_dev == node.dev:
+                if same(node, info):
                     return info
         return os.fstat(self.fd(node).n)
 
@@ -226,7 +233,7 @@ class NodeTable:
         way = [node]
         while way[-1].fd is None:
             parent = way[-1].parent
-            if parent is None:
+            if parent is None or parent in way:  # in circles: what was told of them is not true any more
                 break
             way.append(parent)
         fd = way.pop().fd if way[-1].fd is not None else None
@@ -245,8 +252,7 @@ class NodeTable:
         if parent is not None and node.name:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 candidate = Fd(os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.n))
-                info = os.fstat(candidate.n)
-                if (info.st_dev, info.st_ino) == (node.dev, node.ino):
+                if same(node, os.fstat(candidate.n)):
                     found = candidate
         if found is None and node.handle is not None and (mount_fd := self.mount_fd()) is not None:
             found = Fd(linux.open_handle(mount_fd.n, node.handle, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))

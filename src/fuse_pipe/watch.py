@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.nodes import Node, state_of
+from fuse_pipe.nodes import Node, same, state_of
 
 if TYPE_CHECKING:
     from fuse_pipe.volume import Volume
@@ -179,7 +179,7 @@ class Watcher:
         except OSError:
             info = None
         if isinstance(believed, Node):
-            if info is not None and (info.st_dev, info.st_ino) == (believed.dev, believed.ino):
+            if info is not None and same(believed, info):
                 return False
             volume.table.lost(directory, name)
             gone = info is None and self._links(believed) == 0

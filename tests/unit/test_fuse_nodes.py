@@ -1,9 +1,12 @@
 """What a node table knows of the file system that it serves."""
 
 import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
+from fuse_support import error_of
 
 from fuse_pipe import linux, nodes
 
@@ -34,3 +37,34 @@ def test_how_old_an_unchanged_file_must_be(
     table = nodes.NodeTable(opened(tmp_path))
     assert table.tick(os.stat(tmp_path)) == least
     assert table.tick(os.stat("/proc")) == nodes.TICK_NS  # another file system below the directory
+
+
+def test_a_number_that_was_used_again_is_no_way_to_a_device(tmp_path: Path) -> None:
+    """A file of another kind under the old name, with the old inode's number (ext4 gives it to the next file)."""
+    table = nodes.NodeTable(opened(tmp_path))
+    os.mkfifo(tmp_path / "f")
+    pipe = os.stat(tmp_path / "f")
+    node = table.learn(table.root, b"f", pipe)
+    node.kind = stat.S_IFREG
+    with pytest.raises(OSError, match="not where it was"):
+        table.fd(node)
+    with pytest.raises(OSError, match="not where it was"):
+        table.stat(node)
+
+
+def test_directories_that_were_moved_into_each_other_are_not_looked_for_in_circles(tmp_path: Path) -> None:
+    """What the kernel was told at different times may be that each of two directories is in the other."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    table = nodes.NodeTable(opened(tmp_path))
+    a = table.learn(table.root, b"a", os.stat(tmp_path / "a"))
+    b = table.learn(a, b"b", os.stat(tmp_path / "a" / "b"))
+    table.fd(b)
+    (tmp_path / "a" / "b").rename(tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "b" / "a")
+    assert table.learn(b, b"a", os.stat(tmp_path / "b" / "a")) is a
+    a.fd = b.fd = None  # as when there are too many
+    errors: list[str] = []
+    thread = threading.Thread(target=lambda: errors.append(error_of(table.fd, a)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert errors == ["ESTALE"]
