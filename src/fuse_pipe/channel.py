@@ -126,13 +126,13 @@ class Channel:
         """Send messages, or keep them for the next connection if there is none.
 
         Raises:
-            ProtocolError: the peer acknowledges nothing, and too much is kept for it.
+            ProtocolError: the peer acknowledges nothing, and too much is kept for it already; these are not.
         """
         with self.lock:
-            self.unacked.extend(messages)
-            self.kept += sum(len(buffer) for message in messages for buffer in message)
             if len(self.unacked) > KEPT_MESSAGES or self.kept > KEPT_BYTES:
                 raise ProtocolError("nothing is acknowledged")
+            self.unacked.extend(messages)
+            self.kept += sum(len(buffer) for message in messages for buffer in message)
             if self.sock is None:
                 return
             ack = self.due()

@@ -15,7 +15,19 @@ from typing import Any
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
-from fuse_pipe.channel import HELLO_MOST, NOTIFY, PROTOCOL, Buffers, Channel, Reader, receive_hello, send_hello, tune
+from fuse_pipe.channel import (
+    HELLO_MOST,
+    KEPT_BYTES,
+    LARGE,
+    NOTIFY,
+    PROTOCOL,
+    Buffers,
+    Channel,
+    Reader,
+    receive_hello,
+    send_hello,
+    tune,
+)
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import REWRITE, Journal, Replay
 from fuse_pipe.session import WAKE, Session
@@ -27,6 +39,8 @@ log = logging.getLogger("fuse_pipe")
 
 CONNECTIONS = 256  # at a time
 SESSIONS = 8  # mounts at a time; the oldest without a connection gives way
+BATCH = 64  # answers that are sent together
+KEPT_SHARE = 256 * 1024  # bytes that a channel may keep for a relay without a look at what all of them keep
 
 
 class Server:
@@ -149,13 +163,14 @@ class Server:
         """Read the relay's hello: its session and channel, and what it has sent and received."""
         hello = receive_hello(sock)
         name, number, base, received = (hello.get(key) for key in ("session", "channel", "base", "received"))
-        if not (isinstance(name, str) and re.fullmatch("[0-9a-z]{1,64}", name)) or not all(
-            type(n) is int for n in (number, base, received)
+        if not (
+            isinstance(name, str)
+            and re.fullmatch("[0-9a-z]{1,64}", name)
+            and type(number) is type(base) is type(received) is int
+            and 0 <= base < 1 << 63
+            and 0 <= received < 1 << 63
         ):
             raise ProtocolError("a hello without its fields")
-        assert isinstance(number, int)
-        assert isinstance(base, int)
-        assert isinstance(received, int)
         session = self.session(name)
         session.quiet = hello.get("quiet") is True
         return session, session.channel(number), base, received
@@ -187,14 +202,20 @@ class Server:
         worker = this_worker()
         reader = Reader(sock, m.IN_HEADER.size, m.MAX_REQUEST)
         handle, following = session.handle, reader.next
+        message: memoryview | None = None
         while not session.ended:
-            reader.more()
+            if message is None:
+                reader.more()
+            if channel.kept > KEPT_SHARE:
+                self._bound()
             replies: list[Buffers] = []
             try:
                 with session.gate:
                     try:
                         while (message := following()) is not None:
                             handle(channel, worker, message, replies)
+                            if replies and (len(replies) >= BATCH or len(replies[-1][-1]) > LARGE):
+                                break  # requests are small: all that have come may ask for more than there is memory
                     finally:
                         if (journal := session.volume.journal) is not None:
                             journal.flush()
@@ -208,6 +229,17 @@ class Server:
                     channel.send(replies)
                 elif channel.overdue():
                     channel.send(())
+
+    def _bound(self) -> None:
+        """See that all channels together do not keep too much.
+
+        Raises:
+            ProtocolError: they do; it stays so until some of it is acknowledged.
+        """
+        with self.lock:
+            sessions = list(self.sessions.values())
+        if sum(channel.kept for session in sessions for channel in list(session.channels.values())) > KEPT_BYTES:
+            raise ProtocolError("nothing is acknowledged")
 
     def save(self) -> dict[str, Any]:
         """The state of all mounts as JSON values, for ``Server(state=...)``; see ``state``."""

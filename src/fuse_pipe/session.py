@@ -1,5 +1,6 @@
 """One mount as the server sees it: its volume, its channels, and the requests that are under way."""
 
+import contextlib
 import errno
 import logging
 import signal
@@ -97,6 +98,7 @@ class Session:
         self.answers: dict[int, bytes] = {}  # unique -> answer, of requests that a killed server did
         self.ended = False
         self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
+        self.answering: set[int] = set()  # those that are done
         self.waiting: dict[int, Waiting] = {}
         self._interrupted: OrderedDict[int, None] = OrderedDict()  # requests to interrupt that are not waiting yet
         self._threads = threading.BoundedSemaphore(THREADS)
@@ -261,6 +263,8 @@ class Session:
     def defer(self, channel: Channel, unique: int, message: bytes) -> None:
         """Do a request in another thread."""
         with self.lock:
+            if unique in self.slow:  # no kernel asks twice
+                return
             crowded = len(self.slow) >= SLOW_MOST
             if not crowded:
                 self.slow[unique] = (channel.number, message)
@@ -282,19 +286,24 @@ class Session:
         except ProtocolError as error:
             log.debug("%s", error)
             reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
-        with self.lock:
-            done = self.slow.pop(unique, None) is not None
         if self.volume.journal is not None:
             self.volume.journal.flush()
-        if done and reply is not None:
-            replies: list[Buffers] = []
-            if waits:
-                self._lock_answer(memoryview(message), reply, replies)
-            else:
-                replies.append(reply)
-            channel.send(replies)
+        with self.lock:
+            self.answering.add(unique)
+            wanted = unique in self.slow
         with self.idle:
             self.idle.notify_all()
+        if wanted and reply is not None:
+            replies: list[Buffers] = []
+            with contextlib.suppress(ProtocolError):  # nothing is acknowledged: whoever reads the connection ends it
+                if waits:
+                    self._lock_answer(memoryview(message), reply, replies)
+                else:
+                    replies.append(reply)
+                channel.send(replies)
+        with self.lock:  # only now: a state that is saved has the request or its answer
+            self.slow.pop(unique, None)
+            self.answering.discard(unique)
 
     def _wait(self, unique: int, message: bytes) -> Buffers | None:
         """Wait for a lock until it is there or the request is interrupted."""
@@ -324,13 +333,15 @@ class Session:
                 if len(self._interrupted) > REMEMBERED:
                     self._interrupted.popitem(last=False)
                 return
+            if waiting.interrupted:
+                return
             waiting.interrupted = True
         threading.Thread(target=_wake, args=(waiting,), name="fuse_pipe wake", daemon=True).start()
 
     def drain(self) -> None:
         """Wait until no slow request is under way but those that wait for locks."""
         with self.idle:
-            self.idle.wait_for(lambda: set(self.slow) <= set(self.waiting))
+            self.idle.wait_for(lambda: set(self.slow) <= set(self.waiting) | self.answering)
 
     def close(self) -> None:
         """Give up everything that the mount holds, between two requests."""

@@ -54,7 +54,8 @@ def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
     try:
         session.drain()
         with session.lock:
-            channels = [
+            waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
+            channels = [  # after those, whose answers may just be on their way
                 [
                     c.number,
                     c.received,
@@ -63,7 +64,6 @@ def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
                 ]
                 for c in session.channels.values()
             ]
-            waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
         state = {"name": session.name, "channels": channels, "waiting": waiting, "volume": _save_volume(session.volume)}
         if journal and session.volume.journal is not None:
             session.volume.journal.rewrite(state)

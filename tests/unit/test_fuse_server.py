@@ -2,6 +2,7 @@
 ranges.
 """
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -9,15 +10,19 @@ import json
 import os
 import socket
 import stat
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fuse_support import Client, client, error_of
+from fuse_support import Client, client, error_of, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse_pipe import channel
 from fuse_pipe import messages as m
+from fuse_pipe import server as server_module
+from fuse_pipe import session as session_module
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.records import set_range
@@ -188,12 +193,12 @@ def test_a_second_connection_of_a_channel_replaces_the_first(tmp_path: Path) -> 
         b'{"fuse_pipe": 2}\n',
         b'{"fuse_pipe": 1, "session": "../x", "channel": 0, "base": 0, "received": 0}\n',
         b'{"fuse_pipe": 1, "session": "x", "channel": 9999, "base": 0, "received": 0}\n',
+        b'{"fuse_pipe": 1, "session": "x", "channel": 0, "base": %d, "received": 0}\n' % (1 << 64),
+        b'{"fuse_pipe": 1, "session": "x", "channel": 0, "base": 0, "received": -1}\n',
         b"x" * 5000,
     ],
 )
-def test_bad_hellos_end_the_connection(tmp_path: Path, line: bytes) -> None:
-    import threading
-
+def test_bad_hellos_end_the_connection(tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
     server = Server(str(tmp_path))
     near, far = socket.socketpair()
     thread = threading.Thread(target=server.connection, args=(far,))
@@ -202,6 +207,115 @@ def test_bad_hellos_end_the_connection(tmp_path: Path, line: bytes) -> None:
     thread.join(60)
     assert not thread.is_alive()
     near.close()
+    assert not [record for record in caplog.records if record.exc_info]  # a guest fills no log with tracebacks
+    server.close()
+
+
+def test_many_large_answers_are_not_made_before_the_first_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    send = channel.Channel.send
+
+    def note(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        sent.append(sum(len(buffer) for message in messages for buffer in message))
+        send(self, messages)
+
+    with client(tmp_path) as c:
+        node, fh = c.create(b"f")
+        os.truncate(tmp_path / "f", 1 << 20)
+        monkeypatch.setattr(channel.Channel, "send", note)
+        requests = [
+            m.encode_request(m.READ, 1000 + 2 * n, node, fh=fh, offset=0, size=1 << size)
+            for n, size in enumerate([15] * 100 + [20] * 30)
+        ]
+        c.sock.sendall(b"".join(requests))
+        assert [m.decode_reply(m.READ, c.receive())[0] for _ in requests] == [1000 + 2 * n for n in range(130)]
+    assert max(sent) < 4 << 20
+
+
+def test_what_nobody_acknowledges_is_not_kept_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "KEPT_BYTES", 8 << 20)
+    server = Server(str(tmp_path))
+    (tmp_path / "f").write_bytes(bytes(1 << 20))
+    received = [0] * 4
+    for number in (0, 1, 2, 3) * 3:  # channels of one mount, each well below what one may keep
+        c = Client(server, number=number, received=received[number])
+        c.sock.settimeout(1)
+        try:
+            if not any(received):
+                c.init()
+                received[0] += 1
+                node = c.lookup(b"f").nodeid
+                fh = c.call(m.OPEN, node, flags=os.O_RDONLY)[0][0].fh
+                received[0] += 2
+            for _ in range(4):
+                c.call(m.READ, node, fh=fh, offset=0, size=1 << 20)
+                received[number] += 1
+        except (OSError, ConnectionLost):
+            pass
+        c.close()
+    kept = sum(sum(map(len, message)) for ch in server.sessions["test"].channels.values() for message in ch.unacked)
+    assert kept < 10 << 20
+    server.close()
+
+
+def test_a_channel_that_is_full_takes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "KEPT_MESSAGES", 3)
+    full = channel.server_channel(0)
+    for _ in range(9):
+        with contextlib.suppress(ProtocolError):
+            full.send([(b"answer",)])
+    assert len(full.unacked) == 4
+
+
+def test_a_wait_that_is_asked_for_twice_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[object] = []
+    monkeypatch.setattr(session_module, "_wake", woken.append)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9, "type": fcntl.F_WRLCK}
+    c.call(m.SETLK, node, owner=1, **lock)
+    c.sock.sendall(m.encode_request(m.SETLKW, 1000, node, owner=2, **lock) * 50)
+    c.call(m.GETATTR)
+    assert sum(thread.name == "fuse_pipe slow" for thread in threading.enumerate()) == 1
+    wait_for(lambda: server.sessions["test"].waiting, "the wait")
+    c.sock.sendall(m.encode_request(m.INTERRUPT, 1001, node, unique=1000) * 50)
+    c.call(m.GETATTR)
+    wait_for(lambda: woken, "the interrupt")
+    assert len(woken) == 1
+    c.call(m.SETLK, node, owner=1, **{**lock, "type": fcntl.F_UNLCK})
+    assert m.decode_reply(m.SETLKW, c.receive())[0] == 1000
+    c.close()
+    server.close()
+
+
+def test_a_request_is_in_the_state_until_its_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would answer it in a clone."""
+    reached, go = threading.Event(), threading.Event()
+    send = channel.Channel.send
+
+    def late(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        if threading.current_thread().name == "fuse_pipe slow":
+            reached.set()
+            assert go.wait(60)
+        send(self, messages)
+
+    monkeypatch.setattr(channel.Channel, "send", late)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    unique = c.send(m.FSYNC, node, fh=fh)
+    assert reached.wait(60)
+    (state,) = server.save()["sessions"]
+    assert len(state["waiting"]) == 1
+    go.set()
+    assert m.decode_reply(m.FSYNC, c.receive())[0] == unique
+    wait_for(lambda: not server.save()["sessions"][0]["waiting"], "the end of the request")
+    c.close()
     server.close()
 
 
