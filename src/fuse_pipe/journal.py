@@ -5,33 +5,44 @@ where the killed one was: the nodes, open files and locks that the kernel knows,
 changed something, so that such a request that is sent again is not done again. Only a request that the kill itself
 interrupted may be done twice.
 
-The file is rewritten from a full state when it has grown; it is read by the same version of Python that wrote it.
+The file is rewritten from a full state when it has grown to twice of that; it is read by the same version of Python that wrote it.
 """
 
 import base64
 import contextlib
+import logging
 import marshal
 import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from fuse_pipe.records import set_range
 
-REWRITE = 16 << 20  # bytes
+REWRITE = 16 << 20  # bytes that a journal may have; more where twice the state has more
+REWRITE_AGAIN = 10.0  # seconds from one attempt to the next
 ANSWERS = 2048  # answers kept for requests that are sent again
+
+log = logging.getLogger("fuse_pipe")
 
 Record = tuple[Any, ...]
 
 
 class Journal:
-    """The journal of one mount. Records are tuples; the first item says which, see ``Replay``."""
+    """The journal of one mount. Records are tuples; the first item says which, see ``Replay``.
+
+    One that cannot be written (the disk is full) is emptied, because a part of it would be untrue, until ``rewrite`` succeeds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
-        self.size = 0
+        self.lost = False
+        self._size = 0
+        self._most = REWRITE  # bytes that it may have
+        self._next = 0.0  # when it may be rewritten again
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.add = self.records.append
@@ -43,21 +54,45 @@ class Journal:
                 count = len(self.records)
                 data = b"".join(map(marshal.dumps, self.records[:count]))
                 del self.records[:count]
-                os.write(self._fd, data)
-                self.size += len(data)
+                if self.lost:
+                    return
+                try:
+                    _write(self._fd, data)
+                    self._size += len(data)
+                except OSError as error:
+                    log.warning("%s: %s; what is open is lost if this process is killed", self.path, error.strerror)
+                    self.lost = True
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd, 0)
+
+    def outgrown(self) -> bool:
+        """Whether to rewrite it now: it is much larger than it need be, or was lost. Not said again for some time."""
+        if not (self.lost or self._size > self._most) or (now := monotonic()) < self._next:
+            return False
+        self._next = now + REWRITE_AGAIN
+        return True
 
     def rewrite(self, state: dict[str, Any]) -> None:
-        """Begin anew from a full state; nothing may be added meanwhile."""
+        """Begin anew from a full state; nothing may be added meanwhile.
+
+        Raises:
+            OSError: it cannot be written; the journal is what it was.
+        """
         with self._lock:
             new = self.path.with_suffix(".new")
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            data = marshal.dumps(("state", state))
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.rename(new, self.path)
+            try:
+                data = marshal.dumps(("state", state))
+                _write(fd, data)
+                os.rename(new, self.path)
+            except OSError:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    new.unlink()
+                raise
             os.close(self._fd)
-            self._fd, self.size = fd, len(data)
+            self._fd, self._size, self.lost = fd, len(data), False
+            self._most = max(REWRITE, 2 * len(data))
             self.records.clear()
 
     def close(self, *, remove: bool) -> None:
@@ -67,6 +102,12 @@ class Journal:
             if remove:
                 with contextlib.suppress(FileNotFoundError):
                     self.path.unlink()
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _text(data: bytes) -> str:
@@ -85,11 +126,14 @@ class Replay:
         self.answers: OrderedDict[int, bytes] = OrderedDict()
 
     def read(self, path: Path) -> None:
-        """Take in a journal; one that ends in the middle of a record is taken up to there."""
+        """Take in a journal; one that ends in the middle of a record is taken up to there, and cut there."""
+        whole = 0
         with path.open("rb") as file, contextlib.suppress(EOFError, ValueError, TypeError):
             while True:
                 kind, *fields = marshal.load(file)
                 getattr(self, "_" + kind)(*fields)
+                whole = file.tell()
+        os.truncate(path, whole)
 
     def state(self, name: str) -> dict[str, Any]:
         """The saved session."""
@@ -138,18 +182,20 @@ class Replay:
 
     def _unname(self, parent: int, name: bytes) -> None:
         text = _text(name)
-        node = self.nodes.get(self.names.get((parent, text), 0))
-        self.names[(parent, text)] = 0
+        node = self.nodes.get(self.names.pop((parent, text), 0))
         if node is not None and node[1:3] == [parent, text]:
             node[1], node[2] = 0, ""
 
     def _rename(self, parent: int, name: bytes, to: int, new: bytes, exchange: bool) -> None:
         old_key, new_key = (parent, _text(name)), (to, _text(new))
-        moved, other = self.names.get(old_key, 0), self.names.get(new_key, 0)
+        moved, other = self.names.pop(old_key, 0), self.names.pop(new_key, 0)
         for id, key in ((other, old_key if exchange else (0, "")), (moved, new_key)):
             if id in self.nodes:
                 self.nodes[id][1], self.nodes[id][2] = key
-        self.names[old_key], self.names[new_key] = other if exchange else 0, moved
+        if exchange and other:
+            self.names[old_key] = other
+        if moved:
+            self.names[new_key] = moved
 
     def _open(self, number: int, node: int, flags: int) -> None:
         self.handles[number] = [number, node, flags, 2, []]  # 2: F_UNLCK

@@ -24,10 +24,8 @@ def lookup(volume: Volume, worker: Worker, name: bytes) -> bytes:
     try:
         info = os.stat(name, dir_fd=directory.n, follow_symlinks=False)
     except FileNotFoundError:
-        if parent.watch is None or parent.watch < 0 or volume.negatives >= NEGATIVES:
+        if parent.watch is None or parent.watch < 0 or table.negatives >= NEGATIVES:
             raise
-        if name not in parent.children:
-            volume.negatives += 1
         table.missing(parent, name)
         return _NOT_THERE
     return volume.entry(parent, name, info)
@@ -137,7 +135,7 @@ def rename2(volume: Volume, worker: Worker, new_directory: int, flags: int, _: i
             os.rename(name, new, src_dir_fd=source.n, dst_dir_fd=target.n)
         table.renamed(parent, name, to, new, bool(flags & RENAME_EXCHANGE))
         if flags & RENAME_WHITEOUT:
-            parent.children.pop(name, None)
+            table.lost(parent, name)
     return b""
 
 
@@ -159,8 +157,6 @@ def _forget(volume: Volume, nodeid: int, count: int) -> None:
         return
     node = volume.nodes.forget(nodeid, count)
     if node is not None:
-        if node.children:
-            volume.negatives -= sum(child is None for child in node.children.values())
         if node.watch is not None and volume.watcher is not None:
             volume.watcher.remove(node)
         volume.records.forget(nodeid)

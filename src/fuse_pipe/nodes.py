@@ -124,6 +124,7 @@ class NodeTable:
         self.lock = threading.Lock()
         # Ids of different servers of one mount do not meet: a kernel that kept ids over a lost server gets ESTALE.
         self._next_id = (int.from_bytes(os.urandom(4), "little") >> 2 << 32) + ROOT_ID
+        self.negatives = 0  # names that the kernel believes not to exist
         self._held: dict[Node, None] = {}  # nodes with a descriptor, oldest first
         self._mount_fd: Fd | None = None  # for handles; None until asked, or when there are none
         self._handles = os.geteuid() == 0
@@ -158,16 +159,32 @@ class NodeTable:
             node.lookups += 1
             if node.id != ROOT_ID:
                 node.parent, node.name = parent, name
-            parent.children[name] = node
+            self._believe(parent, name, node)
             if self.journal is not None:
                 self.journal.add(("learn", node.id, parent.id, name, kind, node.dev, node.ino))
             return node
 
     def missing(self, parent: Node, name: bytes) -> None:
         """The kernel was told that there is no such file."""
-        parent.children[name] = None
+        self.believe(parent, name, None)
         if self.journal is not None:
             self.journal.add(("missing", parent.id, name))
+
+    def believe(self, parent: Node, name: bytes, node: Node | None) -> None:
+        """Note what the kernel was told of ``name``; None: that there is no such file."""
+        with self.lock:
+            self._believe(parent, name, node)
+
+    def _believe(self, parent: Node, name: bytes, node: Node | None) -> None:
+        self._disbelieve(parent, name)
+        parent.children[name] = node
+        self.negatives += node is None
+
+    def _disbelieve(self, parent: Node, name: bytes) -> Node | None:
+        """The kernel believes nothing of ``name`` any more; returns the node that it took it for."""
+        node = parent.children.pop(name, parent)
+        self.negatives -= node is None
+        return None if node is parent else node
 
     def adopt(self, info: os.stat_result, fd: Fd) -> Node:
         """A node for a file without a name (O_TMPFILE), which only ``fd`` leads to."""
@@ -204,6 +221,7 @@ class NodeTable:
             if self.by_key.get(key) is node:
                 del self.by_key[key]
             self._held.pop(node, None)
+            self.negatives -= sum(child is None for child in node.children.values())
             if node.parent is not None and node.parent.children.get(node.name) is node:
                 del node.parent.children[node.name]
             if node.opens == 0:
@@ -299,8 +317,7 @@ class NodeTable:
         with self.lock:
             if self.journal is not None:
                 self.journal.add(("unname", parent.id, name))
-            node = parent.children.get(name)
-            parent.children[name] = None
+            node = self._disbelieve(parent, name)  # the kernel will ask for the name again
             if node is not None and node.parent is parent and node.name == name:
                 node.parent, node.name = None, b""
                 if node.fd is None:  # nothing leads to it: let its number be used again
@@ -311,16 +328,15 @@ class NodeTable:
         with self.lock:
             if self.journal is not None:
                 self.journal.add(("rename", parent.id, name, to.id, new, exchange))
-            node, other = parent.children.get(name), to.children.get(new)
+            node, other = self._disbelieve(parent, name), self._disbelieve(to, new)
             if other is not None and other is not node and other.parent is to and other.name == new:
                 other.parent, other.name = (parent, name) if exchange else (None, b"")
                 if not exchange and other.fd is None:
                     self._drop_key(other)
-            parent.children[name] = other if exchange else None
-            to.children[new] = node
-            if node is None:
-                del to.children[new]
-            else:
+            if exchange and other is not None:
+                self._believe(parent, name, other)
+            if node is not None:
+                self._believe(to, new, node)
                 node.parent, node.name = to, new
 
     def _drop_key(self, node: Node) -> None:
@@ -330,7 +346,7 @@ class NodeTable:
     def lost(self, parent: Node, name: bytes) -> None:
         """The host removed or replaced ``name``; the kernel is about to be told."""
         with self.lock:
-            node = parent.children.pop(name, None)
+            node = self._disbelieve(parent, name)
             if node is not None and node.parent is parent and node.name == name and node.fd is None:
                 self._drop_key(node)
 

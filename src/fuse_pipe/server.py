@@ -29,9 +29,9 @@ from fuse_pipe.channel import (
     tune,
 )
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
-from fuse_pipe.journal import REWRITE, Journal, Replay
+from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.session import WAKE, Session
-from fuse_pipe.state import VERSION, restore, save, save_session
+from fuse_pipe.state import VERSION, restore, rewrite_journal, save
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import this_worker
 
@@ -89,6 +89,9 @@ class Server:
         for path in sorted(journals.glob("*.journal")):
             replay = Replay()
             replay.read(path)
+            if not replay.nodes:  # it was lost; a state that is older than it does not hold
+                self.session(path.stem)
+                continue
             self._take_over({"version": VERSION, "sessions": [replay.state(path.stem)]})
 
     def _take_over(self, state: dict[str, Any]) -> None:
@@ -96,7 +99,7 @@ class Server:
         new = [saved for saved in state.get("sessions", ()) if saved.get("name") not in self.sessions]
         restore(self, {**state, "sessions": new})
         for saved in new:
-            save_session(self.sessions[saved["name"]], journal=True)
+            rewrite_journal(self.sessions[saved["name"]])
 
     def session(self, name: str) -> Session:
         """The mount of this name, made when it is first heard of."""
@@ -219,11 +222,8 @@ class Server:
                     finally:
                         if (journal := session.volume.journal) is not None:
                             journal.flush()
-                            if journal.size > REWRITE:
-                                journal.size = 0
-                                threading.Thread(
-                                    target=save_session, args=(session,), kwargs={"journal": True}, daemon=True
-                                ).start()
+                            if journal.outgrown():
+                                threading.Thread(target=rewrite_journal, args=(session,), daemon=True).start()
             finally:
                 if replies or channel.number == NOTIFY:
                     channel.send(replies)

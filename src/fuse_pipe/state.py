@@ -48,8 +48,14 @@ def save(server: "Server") -> dict[str, Any]:
     return {"version": VERSION, "sessions": [save_session(session) for session in sessions]}
 
 
+def rewrite_journal(session: Session) -> None:
+    """Have the journal of a mount begin anew, if it has one and there is room."""
+    with contextlib.suppress(OSError):
+        save_session(session, journal=True)
+
+
 def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
-    """The state of one mount; with ``journal`` its journal begins anew with it."""
+    """The state of one mount; with ``journal`` its journal begins anew with it, or OSError is raised."""
     session.gate.close()
     try:
         session.drain()
@@ -158,7 +164,8 @@ def _wait_again(session: Session, channel: Channel, message: bytes) -> None:
 
 
 def _restore_volume(volume: Volume, saved: dict[str, Any]) -> None:
-    volume.flags, volume.minor, volume.next_handle = saved["flags"], saved["minor"], saved["next_handle"]
+    volume.flags, volume.minor = saved["flags"], saved["minor"]
+    volume.next_handle = max(volume.next_handle, saved["next_handle"])
     volume.decoders = m.decoders(bool(volume.flags & m.SETXATTR_EXT))
     volume.broken.update(number for number, *_ in saved["handles"])
     if volume.nodes is None:  # the directory is gone: EIO for everything
@@ -181,8 +188,7 @@ def _restore_volume(volume: Volume, saved: dict[str, Any]) -> None:
                 nodes[id].parent, nodes[id].name = nodes[parent], _bytes(name)
     for directory, name, child in saved["names"]:
         if directory in nodes and (child == 0 or child in nodes):
-            nodes[directory].children[_bytes(name)] = nodes[child] if child else None
-            volume.negatives += child == 0
+            table.believe(nodes[directory], _bytes(name), nodes[child] if child else None)
     for directory in {directory for directory, *_ in saved["names"] if directory in nodes}:
         with contextlib.suppress(OSError):
             volume.watch(nodes[directory])

@@ -74,13 +74,13 @@ class Volume:
         self._ids = (os.geteuid(), os.getegid())
         self.lock = threading.Lock()
         self.handles: dict[int, Handle] = {}
-        self.next_handle = 0
+        # Numbers of different servers of one mount do not meet: an open file of a lost server is not another one's.
+        self.next_handle = int.from_bytes(os.urandom(4), "little") >> 2 << 32
         self.broken: set[int] = set()  # handles of a saved state whose files are gone
         self.minor = 0
         self.flags = 0
         self.decoders = m.decoders()
         self.records = RecordLocks()
-        self.negatives = 0
         self.watcher: Watcher | None = None
         self.journal: Journal | None = None
         self._proc = Fd(os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

@@ -187,8 +187,7 @@ class Watcher:
         elif believed is None:
             if info is None:
                 return False
-            directory.children.pop(name, None)
-            volume.negatives -= 1
+            volume.table.lost(directory, name)
             self._send_entry(directory, name, None)
         return True
 

@@ -8,11 +8,13 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuse_support import Client, client, error_of, wait_for
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse_pipe import channel
+from fuse_pipe import journal as journal_module
 from fuse_pipe import messages as m
 from fuse_pipe import server as server_module
 from fuse_pipe import session as session_module
@@ -234,6 +237,42 @@ def test_many_large_answers_are_not_made_before_the_first_is_sent(
     assert max(sent) < 4 << 20
 
 
+def test_names_that_came_and_went_are_not_remembered(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    table = server.sessions["test"].volume.table
+    for n in range(20):
+        name, other = b"%d" % n, b"%d.new" % n
+        assert c.lookup(name).nodeid == 0  # as the kernel does before it creates something
+        c.create(name)
+        c.call(m.RENAME2, m.ROOT_ID, name, other, newdir=m.ROOT_ID)
+        c.call(m.UNLINK, m.ROOT_ID, other)
+    assert table.negatives == len(table.root.children) == 0
+    directory = c.call(m.MKDIR, m.ROOT_ID, b"d", mode=0o777)[0][0].nodeid
+    for parent in (m.ROOT_ID, directory):
+        assert c.lookup(b"none", parent).nodeid == 0
+    assert table.negatives == 2
+    c.send(m.FORGET, directory, nlookup=1)
+    c.call(m.GETATTR)
+    assert table.negatives == 1
+    c.close()
+    server.close()
+
+
+def test_an_open_file_of_a_lost_server_is_not_another_one(tmp_path: Path) -> None:
+    handles = []
+    for name in (b"a", b"b"):
+        server = Server(str(tmp_path))
+        c = Client(server)
+        c.init()
+        handles.append(c.create(name))
+        if handles[1:]:
+            assert error_of(c.call, m.READ, handles[0][0], fh=handles[0][1], offset=0, size=9) == "EBADF"
+        c.close()
+        server.close()
+
+
 def test_what_nobody_acknowledges_is_not_kept_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "KEPT_BYTES", 8 << 20)
     server = Server(str(tmp_path))
@@ -358,8 +397,10 @@ def test_journal_replays_what_was_written(tmp_path: Path) -> None:
     journal.flush()
     with path.open("ab") as file:
         file.write(b"cut sho")  # the server was killed while it wrote
+    size = path.stat().st_size
     replay = Replay()
     replay.read(path)
+    assert path.stat().st_size == size - len(b"cut sho")  # what is added now can be read
     state = replay.state("x")
     assert [node[:2] for node in state["volume"]["nodes"]] == [[1, 0], [7, 1]]
     assert state["volume"]["handles"] == [[3, 7, os.O_RDWR, fcntl.F_UNLCK, []]]
@@ -371,6 +412,81 @@ def test_journal_replays_what_was_written(tmp_path: Path) -> None:
     assert [node[:2] for node in again.state("x")["volume"]["nodes"]] == [[1, 0], [7, 1]]
     journal.close(remove=True)
     assert not path.exists()
+
+
+def test_a_journal_of_much_is_not_rewritten_with_every_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewritten: list[int] = []
+    rewrite = Journal.rewrite
+
+    def note(self: Journal, state: dict[str, Any]) -> None:
+        rewrite(self, state)
+        rewritten.append(self.path.stat().st_size)
+
+    monkeypatch.setattr(journal_module, "REWRITE", 2000)
+    monkeypatch.setattr(journal_module, "REWRITE_AGAIN", 0.0, raising=False)
+    monkeypatch.setattr(server_module, "REWRITE", 2000, raising=False)
+    monkeypatch.setattr(Journal, "rewrite", note)
+    (tmp_path / "root").mkdir()
+    with client(tmp_path / "root", journals=str(tmp_path / "journals")) as c:
+        for n in range(200):
+            c.create(b"%d" % n)
+        wait_for(lambda: rewritten and rewritten[-1] > 4000, "a rewrite")
+        before = len(rewritten)
+        for _ in range(100):
+            c.call(m.GETATTR)
+        assert len(rewritten) <= before + 2
+
+
+def test_a_full_disk_costs_the_journal_and_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "REWRITE_AGAIN", 0.0, raising=False)
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    write = os.write
+    room = 0
+
+    def little_room(fd: int, data: bytes | memoryview) -> int:
+        if "journal" not in os.readlink(f"/proc/self/fd/{fd}"):
+            return write(fd, data)
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, bytes(data)[:room])
+
+    monkeypatch.setattr(os, "write", little_room)
+    first = c.create(b"a")
+    c.call(m.WRITE, first[0], b"one", fh=first[1], offset=0, size=3)
+    room = 100  # bytes at a time
+    second = c.create(b"b")
+    c.call(m.GETATTR)
+    wait_for(lambda: second[1].to_bytes(8, "little") in (journals / "test.journal").read_bytes(), "a new journal")
+    c.create(b"c")
+    other = Server(str(root), journals=str(shutil.copytree(journals, tmp_path / "copy")))  # as after SIGKILL
+    assert other.sessions["test"].volume.handle(first[1]).node.id == first[0]
+    assert len(other.sessions["test"].volume.handles) == 3
+    other.close()
+    c.close()
+    server.close()
+
+
+def test_a_lost_journal_is_not_replaced_by_an_older_state(tmp_path: Path) -> None:
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root))
+    c = Client(server)
+    c.init()
+    _, handle = c.create(b"a")
+    state = server.save()
+    c.close()
+    server.close()
+    journals.mkdir()
+    (journals / "test.journal").touch()
+    other = Server(str(root), state=state, journals=str(journals))
+    assert handle not in other.sessions["test"].volume.handles
+    other.close()
 
 
 def test_a_directory_that_is_gone_gives_eio(tmp_path: Path) -> None:
