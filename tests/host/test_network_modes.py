@@ -2,6 +2,7 @@
 
 import queue
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -198,6 +199,44 @@ def test_the_hosts_loopback_is_closed_except_where_asked(world: World, start: St
     for ip in ("::1", "fd00::2", "fd00::3", "2001:db8::2", "fd66:6376:6d00::2"):
         assert not guest.reachable(ip, secret6.port, wait=0.3), ip
     assert not world.lan.reachable(HOST_IP, open_.port)
+
+
+@pytest.mark.parametrize(
+    ("to", "loopback"), [("::ffff:127.0.0.1", "127.0.0.1"), ("::127.0.0.1", "127.0.0.1"), ("::", "::1"), ("::1", "::1")]
+)
+def test_the_hosts_loopback_has_no_other_name(world: World, start: Start, to: str, loopback: str) -> None:
+    """A socket of the host that sends to an IPv4 address inside an IPv6 one sends to the IPv4 address; only raw packets of
+    a guest have it as their destination.
+    """
+    _, guest = start()
+    heard = world.host.make_socket(socket.SOCK_DGRAM, socket.AF_INET6 if ":" in loopback else socket.AF_INET)
+    known = world.host.make_socket(socket.SOCK_DGRAM, socket.AF_INET6)
+    with heard, known:
+        heard.bind((loopback, 0))
+        known.bind(("2001:db8::2", 0))
+        for ip, port in ((to, heard.getsockname()[1]), ("2001:db8::2", known.getsockname()[1])):
+            guest.run(lambda ip=ip, port=port: send_udp6(ip, port))
+        assert known.recv(100) == b"datagram"  # what is sent so arrives where it may
+        heard.settimeout(1)
+        with pytest.raises(TimeoutError):
+            heard.recv(100)
+
+
+def send_udp6(to: str, port: int) -> None:
+    """Send a datagram from the guest that its own kernel would not."""
+    source, destination = ip_address("fd66:6376:6d00::100").packed, ip_address(to).packed
+    data = b"datagram"
+    length = 8 + len(data)
+    pseudo = source + destination + struct.pack(">IxxxB", length, socket.IPPROTO_UDP)
+    header = struct.pack(">HHH", 5555, port, length)
+    total = sum(struct.unpack(f">{(len(pseudo) + 8 + len(data)) // 2}H", pseudo + header + b"\0\0" + data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    packet = struct.pack(">IHBB", 6 << 28, length, socket.IPPROTO_UDP, 64) + source + destination
+    macs = bytes.fromhex("aafc00000002" "aafc00000064")
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("eth0", 0))
+        raw.send(macs + b"\x86\xdd" + packet + header + struct.pack(">H", total ^ 0xFFFF) + data)
 
 
 def test_dns_by_the_hosts_stub(world: World, start: Start) -> None:

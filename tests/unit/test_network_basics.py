@@ -1,6 +1,10 @@
 """Subnets, and what is said when a host refuses namespaces."""
 
 import errno
+import socket
+import threading
+from collections.abc import Callable
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcvm.linux import namespaces, netlink, nft
+from fcvm.linux.namespaces import Namespace
+from fcvm.network import neighbours
+from fcvm.network.loop import Loop
 from fcvm.network.subnets import POOLS, SIZE, Subnet
 
 numbers = st.integers(0, SIZE * len(POOLS) - 1)
@@ -76,3 +83,49 @@ def test_a_truncated_attribute_ends_the_list() -> None:
 def test_a_prefix_is_compared_as_a_prefix() -> None:
     assert b"fcvm\0" not in nft.iifname("fcvm*")
     assert b"fcvm\0" in nft.iifname("fcvm")
+
+
+def test_what_could_not_be_refused_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bridged VM starts while this host has no memory for a process that adds the rule."""
+    changes, tell = socket.socketpair()
+
+    class Changes:
+        def __enter__(self) -> "Changes":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def subscribe(self, _: int) -> socket.socket:
+            return changes
+
+    refused: list[object] = []
+    known: set[IPv4Network] = set()
+    failures = 1
+    done = threading.Event()
+
+    def inside(_: object, function: Callable[[], list[int]]) -> list[int]:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return function()
+
+    def refuse(networks: set[IPv4Network]) -> list[int]:
+        refused.extend(networks)
+        done.set()
+        return []
+
+    monkeypatch.setattr(neighbours.rtnetlink, "open_socket", Changes)
+    monkeypatch.setattr(neighbours, "_bridged", lambda _: set(known))
+    monkeypatch.setattr(neighbours, "_RETRY", 0.05, raising=False)
+    monkeypatch.setattr(neighbours.namespaces, "inside", inside)
+    monkeypatch.setattr(neighbours.inner, "refuse", refuse)
+    loop = Loop()
+    loop.start()
+    neighbours.keep_away(loop, Namespace(-1))
+    known.add(IPv4Network("172.30.0.0/30"))
+    tell.send(b"an address")
+    assert done.wait(20)
+    assert refused == [IPv4Network("172.30.0.0/30")]
+    loop.close()
+    tell.close()

@@ -1,12 +1,13 @@
 """Relays, the DNS forwarder and reserved ports, on the loopback."""
 
 import errno
+import gc
 import os
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,85 @@ def test_udp_sessions_are_bounded(
     assert len(os.listdir("/proc/self/fd")) <= before + len(clients) + 4
 
 
+class Flood(socket.socket):
+    """A listener to which there is always something more."""
+
+    def recvmsg(self, *_: int) -> object:
+        return b"x", [], 0, ("127.0.0.1", 9)
+
+    def recvfrom(self, *_: int) -> object:
+        return b"x", ("127.0.0.1", 9)
+
+
+@pytest.mark.parametrize("kind", ["udp", "dns"])
+def test_a_loop_ends_while_datagrams_come_without_a_pause(kind: str) -> None:
+    flooded = Loop()
+    flooded.start()
+    called = threading.Event()
+    with Flood(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = listener.getsockname()
+        if kind == "udp":
+            relay.udp(flooded, listener, relay.target("127.0.0.1", 9))
+        else:
+            dns.forward(flooded, listener, socket.create_server(("127.0.0.1", 0)), list)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", address)  # never taken: it is always readable
+        flooded.call(called.set)
+        assert called.wait(TIMEOUT)
+        closing = threading.Thread(target=flooded.close, daemon=True)
+        closing.start()
+        closing.join(TIMEOUT)
+        assert not closing.is_alive()
+
+
+def test_a_server_that_says_nothing_to_a_connection_gives_way(
+    loop: Loop, sockets: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "PATIENCE", 0.05, raising=False)
+    silent, second, listener = sockets(), sockets(), sockets()
+    silent.listen(0)
+    full = [socket.socket() for _ in range(3)]  # what the kernel does not answer any more
+    for sock in full:
+        sock.setblocking(False)
+        sock.connect_ex(silent.getsockname())
+    targets = [relay.target(*sock.getsockname()) for sock in (silent, second)]
+    relay.tcp(loop, listener, lambda: list(targets))
+    with socket.create_connection(listener.getsockname(), TIMEOUT) as client:
+        client.sendall(b"hello")
+        server, _ = second.accept()
+        with server:
+            server.settimeout(TIMEOUT)
+            assert server.recv(100) == b"hello"
+    for sock in full:
+        sock.close()
+
+
+def test_connections_are_bounded_where_asked(loop: Loop, sockets: Callable[..., socket.socket]) -> None:
+    upstream, listener = sockets(), sockets()
+    relay.tcp(loop, listener, lambda: [relay.target(*upstream.getsockname())], most=2)
+
+    def refused() -> bool:
+        # possibly before connect() has returned
+        with suppress(TimeoutError), ExitStack() as undo:
+            try:
+                client = undo.enter_context(socket.create_connection(listener.getsockname(), TIMEOUT))
+                client.settimeout(0.3)
+                client.recv(1)
+            except ConnectionResetError:
+                return True
+        return False
+
+    with ExitStack() as undo:
+        clients = [undo.enter_context(socket.create_connection(listener.getsockname(), TIMEOUT)) for _ in range(2)]
+        servers = [undo.enter_context(upstream.accept()[0]) for _ in range(2)]
+        assert refused()
+        clients[0].close()
+        servers[0].close()
+        while refused():  # its place is free soon
+            pass
+
+
 def test_idle_udp_sessions_are_closed(
     loop: Loop, sockets: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +313,39 @@ def test_dns_asks_the_next_server_when_one_fails(
     _, peer = second.recvfrom(512)
     second.sendto(answer(QUERY), peer)
     assert client.recv(512) == answer(QUERY)
+
+
+def test_nothing_is_kept_of_queries_that_were_answered(
+    ask: Callable[..., socket.socket], sockets: Callable[..., socket.socket]
+) -> None:
+    server = sockets(socket.SOCK_DGRAM)
+    client = ask(server, sockets(socket.SOCK_DGRAM))
+    for _ in range(20):
+        _, peer = server.recvfrom(512)
+        server.sendto(answer(QUERY), peer)
+        assert client.recv(512) == answer(QUERY)
+        client.send(QUERY)
+    gc.collect()
+    kept = [found for found in gc.get_objects() if isinstance(found, dns._Query)]
+    assert sum(bool(query._data) for query in kept) <= 2  # the last ones
+
+
+def test_queries_that_nobody_answers_are_given_up(
+    ask: Callable[..., socket.socket], sockets: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dns, "GIVE_UP", 0.1)
+    monkeypatch.setattr(dns, "PENDING", 1)
+    silent = sockets(socket.SOCK_DGRAM)
+    client = ask(silent)
+    silent.recv(512)
+    client.settimeout(0.05)
+    silent.settimeout(0.05)
+    for _ in range(400):  # the next is dropped until then
+        client.send(QUERY)
+        with suppress(TimeoutError):
+            silent.recv(512)
+            return
+    raise AssertionError
 
 
 def test_dns_that_does_not_exist_is_an_answer(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable
 from functools import partial
 
 from fcvm.network import relay
-from fcvm.network.loop import READ, Loop
+from fcvm.network.loop import BATCH, READ, Loop
 from fcvm.network.relay import Target
 
 TYPE_CHECKING = False
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.5  # seconds until the next server is asked too; the guest's own resolver repeats after 5
 GIVE_UP = 8.0  # seconds
-PENDING = 512  # queries at a time; more are dropped, and repeated by the guest
+PENDING = 128  # queries at a time; more are dropped, and repeated by the guest
+CONNECTIONS = 64  # at a time, over TCP
 _SIZE = 1 << 16
 _HEADER = 12  # bytes (RFC 1035, 4.1.1)
 SERVFAIL, NOTIMP, REFUSED = 2, 4, 5
@@ -30,26 +32,43 @@ SERVFAIL, NOTIMP, REFUSED = 2, 4, 5
 def forward(loop: Loop, udp: socket.socket, tcp: socket.socket, upstreams: Callable[[], list[Target]]) -> None:
     """Answer what arrives at ``udp`` and ``tcp`` (listening) with what ``upstreams()`` say."""
     _Forwarder(loop, udp, upstreams)
-    relay.tcp(loop, tcp, upstreams)
+    relay.tcp(loop, tcp, upstreams, most=CONNECTIONS)
 
 
 class _Forwarder:
     def __init__(self, loop: Loop, listener: socket.socket, upstreams: Callable[[], list[Target]]) -> None:
         self.loop = loop
         self.listener = loop.own(listener)
-        self.pending = 0
+        self.pending: dict[_Query, float] = {}  # until when they are tried
+        self._ticking = False
         self._upstreams = upstreams
         listener.setblocking(False)
         loop.call(lambda: loop.watch(listener, READ, self._query))
 
     def _query(self, _: int) -> None:
-        while True:
+        for _ in range(BATCH):
             try:
                 data, client = self.listener.recvfrom(_SIZE)
             except BlockingIOError:
                 return
-            if len(data) >= _HEADER and self.pending < PENDING:
-                _Query(self, client, data, self._upstreams()).ask()
+            if len(data) >= _HEADER and len(self.pending) < PENDING:
+                query = _Query(self, client, data, self._upstreams())
+                self.pending[query] = time.monotonic() + GIVE_UP
+                query.ask()
+                self._tick()
+
+    def _tick(self) -> None:
+        """See to it that queries are given up in time; the first is due first."""
+        if self.pending and not self._ticking:
+            self._ticking = True
+            self.loop.after(next(iter(self.pending.values())) - time.monotonic(), self._expire)
+
+    def _expire(self) -> None:
+        self._ticking = False
+        now = time.monotonic()
+        for query in [query for query, end in self.pending.items() if end <= now]:
+            query.finish()
+        self._tick()
 
 
 class _Query:
@@ -63,8 +82,6 @@ class _Query:
         self._asked: list[socket.socket] = []
         self._last: bytes | None = None
         self._done = False
-        forwarder.pending += 1
-        forwarder.loop.after(GIVE_UP, self._finish)
 
     def ask(self) -> None:
         """Ask the next server; when there is none and nobody can answer any more, say what was said last."""
@@ -87,7 +104,7 @@ class _Query:
                 self._forwarder.loop.after(PATIENCE, self.ask)
             return
         if not self._asked and not self._done:
-            self._finish(self._last or _failure(self._data))
+            self.finish(self._last or _failure(self._data))
 
     def _answer(self, sock: socket.socket, _: int) -> None:
         try:
@@ -97,18 +114,20 @@ class _Query:
         if data and (len(data) < _HEADER or data[:2] != self._data[:2]):
             return  # not an answer to this question
         if data and data[3] & 0xF not in (SERVFAIL, NOTIMP, REFUSED):
-            self._finish(data)
+            self.finish(data)
             return
         self._last = data or self._last
         self._asked.remove(sock)
         self._forwarder.loop.drop(sock)
         self.ask()
 
-    def _finish(self, answer: bytes | None = None) -> None:
+    def finish(self, answer: bytes | None = None) -> None:
+        """Give the answer, if there is one, and keep nothing: a timer may still know of this query."""
         if self._done:
             return
         self._done = True
-        self._forwarder.pending -= 1
+        self._forwarder.pending.pop(self, None)
+        self._data, self._last = b"", None
         for sock in self._asked:
             self._forwarder.loop.drop(sock)
         if answer is not None:

@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
 
 from fc_agent.structs import Struct
@@ -29,6 +29,9 @@ from fcvm.network.spec import Port
 UPLINK = "up0"
 TABLE, FLOWS = "fcvm", "established"
 HAS_FLOWS = "/proc/sys/net/netfilter/nf_flowtable_tcp_timeout"  # there if the kernel has flowtables, once it tracks connections
+# No destinations of packets (RFC 4291, 2.5.2 to 2.5.5), but of sockets: one of slirp4netns that connects to them is connected to
+# the IPv4 address in it, or to the host's loopback.
+NOWHERE = (IPv6Network("::/96"), IPv6Network("::ffff:0:0/96"))
 LOOPBACK = 1  # the first interface of every namespace
 DNS_PORT = 53
 _BACKLOG = 128
@@ -122,6 +125,8 @@ def translate(uplink: Uplink, forwarded: Iterable[Port], published: Iterable[Pub
     batch.chain(TABLE, "forward", type="filter", hook=nft.FORWARD, priority=nft.FILTER, policy=nft.DROP)
     accept = nft.verdict(nft.ACCEPT)
     batch.rule(TABLE, "forward", nft.ct_state("established", "related"), accept)
+    for network in NOWHERE:
+        batch.rule(TABLE, "forward", nft.iifname(guest.TAP), nft.daddr(network), nft.verdict(nft.DROP))
     batch.rule(TABLE, "forward", nft.iifname(guest.TAP), nft.oifname(UPLINK), accept)
     batch.rule(TABLE, "forward", nft.iifname(UPLINK), nft.oifname(guest.TAP), nft.ct_dnat(), accept)
     with nft.open_socket() as sock:

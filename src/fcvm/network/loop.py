@@ -21,6 +21,8 @@ READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 Handler = Callable[[int], None]
 
+BATCH = 64  # what a handler takes of what has come, before it gives way to the other sockets
+
 
 class Loop:
     """The thread starts with ``start`` and ends with ``close``, which also closes every socket that it was given."""

@@ -8,6 +8,8 @@ import socket
 from contextlib import suppress
 from ipaddress import IPv4Interface, IPv4Network
 
+from fcvm import log
+from fcvm.errors import FcvmError
 from fcvm.linux import namespaces, netlink, rtnetlink
 from fcvm.linux.namespaces import Namespace
 from fcvm.network import inner
@@ -15,6 +17,7 @@ from fcvm.network.loop import READ, Loop
 from fcvm.network.subnets import PREFIX
 
 _EVENT = 1 << 16
+_RETRY = 1.0  # seconds
 
 
 def keep_away(loop: Loop, namespace: Namespace) -> None:
@@ -33,10 +36,17 @@ def keep_away(loop: Loop, namespace: Namespace) -> None:
             namespaces.inside(namespace, lambda: inner.refuse(new))
             known.update(new)
 
+    def again() -> None:
+        try:
+            look()
+        except (FcvmError, OSError) as error:  # no memory, no processes: it must not stay so
+            log.warning(f"The guest is not kept away from new bridged VMs yet: {error}")
+            loop.after(_RETRY, again)
+
     def changed(_: int) -> None:
         with suppress(OSError):  # ENOBUFS: more has changed than could be told
             changes.recv(_EVENT)
-        look()
+        again()
 
     loop.own(changes)
     look()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from fcvm.network import guest
-from fcvm.network.loop import READ, Loop
+from fcvm.network.loop import BATCH, READ, Loop
 
 SETTLE = 1.0  # seconds from a refusal to its report: a service that has just been started may be about to listen
 PAUSE = 10.0  # seconds between two reports
@@ -83,7 +83,7 @@ def watch(loop: Loop, sock: socket.socket, refused: Report, answered: Report) ->
     def arrived(_: int) -> None:
         nonlocal waiting
         with suppress(BlockingIOError):
-            while True:
+            for _ in range(BATCH):
                 port, flags = struct.unpack_from(">H11xB", sock.recv(_HEADERS), 20)
                 if flags & _FLAGS == _RST_ACK:
                     found.add(port)

@@ -12,14 +12,16 @@ import socket
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
-from fcvm.network.loop import READ, WRITE, Loop
+from fcvm.network.loop import BATCH, READ, WRITE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 CHUNK = 256 * 1024  # bytes kept per direction of a connection
+PATIENCE = 1.5  # seconds until the next target is tried
 UDP_SESSIONS = 1024  # per relay; the one idle the longest makes room
 UDP_IDLE = 90.0  # seconds
 _DATAGRAM = 1 << 16
@@ -49,15 +51,24 @@ def start(loop: Loop, listener: socket.socket, targets: list[Target], *, priorit
 
 
 def tcp(
-    loop: Loop, listener: socket.socket, targets: Callable[[], list[Target]], *, priority: int | None = None
+    loop: Loop,
+    listener: socket.socket,
+    targets: Callable[[], list[Target]],
+    *,
+    priority: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Relay every connection that ``listener`` accepts to the first of ``targets()`` that answers.
 
     Nobody answering resets the connection, as a closed port would. For ``priority`` see ``start``.
+
+    Arguments:
+        most: connections at a time; more are reset.
     """
+    connections: set[_Connection] = set()
 
     def accept(_: int) -> None:
-        while True:
+        for _ in range(BATCH):
             try:
                 client, _ = listener.accept()
             except BlockingIOError:
@@ -68,7 +79,12 @@ def tcp(
                     loop.after(0.1, lambda: loop.watch(listener, READ, accept))
                 return
             client.setblocking(False)
-            _Connection(loop, client, targets(), priority)
+            if most is not None and len(connections) >= most:
+                _reset(loop, client)
+                continue
+            connection = _Connection(loop, client, targets(), priority, connections.discard)
+            connections.add(connection)
+            connection.connect()
 
     loop.own(listener).setblocking(False)
     loop.call(lambda: loop.watch(listener, READ, accept))
@@ -84,18 +100,26 @@ def _socket(family: int, kind: int, priority: int | None) -> socket.socket:
 class _Connection:
     """A client, its upstream, and what is on the way between them."""
 
-    def __init__(self, loop: Loop, client: socket.socket, targets: list[Target], priority: int | None) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        client: socket.socket,
+        targets: list[Target],
+        priority: int | None,
+        over: Callable[[_Connection], None],
+    ) -> None:
         self._loop = loop
         self._priority = priority
+        self._over = over
         self._client = loop.own(client)
         self._upstream = client  # until one is connecting
         self._targets = targets
         self._pending: dict[socket.socket, bytearray] = {}  # bytes to be written, by destination
         self._ended: set[socket.socket] = set()  # sources at their end
         self._shut: set[socket.socket] = set()  # destinations that were told
-        self._connect()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Try the next target; without one the client is reset."""
         while self._targets:
             family, address = self._targets.pop(0)
             try:
@@ -106,15 +130,25 @@ class _Connection:
             if upstream.connect_ex(address) in (0, errno.EINPROGRESS):
                 self._upstream = upstream
                 self._loop.watch(upstream, WRITE, self._connected)
+                if self._targets:
+                    self._loop.after(PATIENCE, partial(self._late, upstream))
                 return
             upstream.close()
         self._abort()
 
+    def _late(self, upstream: socket.socket) -> None:
+        """Give up a target that has not answered yet: the kernel would try for two minutes."""
+        if self._upstream is upstream and not self._pending:
+            self._next()
+
+    def _next(self) -> None:
+        self._loop.drop(self._upstream)
+        self._upstream = self._client
+        self.connect()
+
     def _connected(self, _: int) -> None:
         if self._upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0:
-            self._loop.drop(self._upstream)
-            self._upstream = self._client
-            self._connect()
+            self._next()
             return
         for sock in (self._client, self._upstream):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -149,6 +183,7 @@ class _Connection:
         if len(self._shut) == 2:
             self._loop.drop(self._client)
             self._loop.drop(self._upstream)
+            self._over(self)
         else:
             self._rearm()
 
@@ -163,8 +198,13 @@ class _Connection:
         """Reset both sides, so that neither takes it for an orderly end."""
         for sock in {self._client, self._upstream}:
             if sock.fileno() >= 0:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self._loop.drop(sock)
+                _reset(self._loop, sock)
+        self._over(self)
+
+
+def _reset(loop: Loop, sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    loop.drop(sock)
 
 
 def udp(loop: Loop, listener: socket.socket, target: Target, make: Callable[[], socket.socket] | None = None) -> None:
@@ -195,7 +235,7 @@ class _Sessions:
         loop.call(lambda: loop.watch(listener, READ, self._from_client))
 
     def _from_client(self, _: int) -> None:
-        while True:
+        for _ in range(BATCH):
             try:
                 data, info, _, client = self._listener.recvmsg(_DATAGRAM, 128)
             except BlockingIOError:
