@@ -5,6 +5,7 @@ Not the ``logging`` module: importing it costs as much as a whole ``fcvm ls`` ma
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -30,7 +31,8 @@ def _say(level: Level, message: str) -> None:
     if LEVELS.index(level) < _threshold:
         return
     stamp = f" {time.monotonic() - _start:8.3f}" if _threshold == 0 else ""
-    print(f"fcvm: {level}{stamp}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, a full disk: no reason to end a VM
+        print(f"fcvm: {level}{stamp}: {message}", file=sys.stderr, flush=True)
 
 
 def debug(message: str) -> None:

@@ -109,6 +109,8 @@ def test_the_guest_reconnects_without_an_end_of_the_old_connection(channel: Cont
         b'{"type":"exit","code":"0"}\n',
         b'{"type":"exit","code":1e300}\n',
         b'{"type":"stage","name":"x","uptime":"soon"}\n',
+        b'{"type":"stage","name":"x","uptime":1' + 400 * b"0" + b"}\n",
+        b'{"type":"stage","name":"x","uptime":NaN}\n',
         b"x" * (2 << 20),
     ],
 )

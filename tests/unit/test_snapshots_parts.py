@@ -1,23 +1,28 @@
 """The small parts of fcvm.snapshots and of its commands."""
 
+import contextlib
 import itertools
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fcvm import config as settings
 from fcvm.cli.snapshot import distributed, pool_size
-from fcvm.errors import FcvmError, NotFoundError, SnapshotError, UsageError
+from fcvm.errors import FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
-from fcvm.snapshots import page_faults, pool, servers, working_set
+from fcvm.snapshots import create, page_faults, pool, server, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
+from fcvm.snapshots.served import ClientOutput
 from fcvm.storage.layout import Layout
 from fcvm.vm import state
+from fcvm.vm.output import LOG, Output
 
 RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=20)
 
@@ -52,7 +57,18 @@ def test_working_set_file(tmp_path: Path) -> None:
     assert working_set.load(tmp_path / "missing") == []
     (tmp_path / "set").write_text("[[1, 2], [9, 1]]")
     assert working_set.load(tmp_path / "set") == [(1, 2), (9, 1)]
-    for damage in ("", "[1]", '{"a": 1}', "[[1]]", '[["x", 1]]'):
+    for damage in (
+        "",
+        "[1]",
+        '{"a": 1}',
+        "[[1]]",
+        '[["x", 1]]',
+        "[[-1, 2]]",
+        "[[1, 0]]",
+        "[[1, 1e999]]",
+        "[[1, 1000000000000]]",
+        "[" * 100_000,
+    ):
         (tmp_path / "set").write_text(damage)
         with pytest.raises(SnapshotError, match="damaged"):
             working_set.load(tmp_path / "set")
@@ -271,3 +287,114 @@ def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, 
     os.close(lock)
     state.sweep(layout)
     assert list(layout.vms.iterdir()) == []
+
+
+class Vmm:
+    """A running VM whose snapshot fails, or the clone of whose disk does."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+        self.api = self
+
+    def get(self, _path: str) -> dict[str, str]:
+        return {"state": "Running"}
+
+    def patch(self, _path: str, _body: object) -> None:
+        pass
+
+    def put(self, _path: str, _body: object, **_: object) -> None:
+        if self.fails:
+            raise FirecrackerError("No space left (os error 28)")
+
+    def ended(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_those_who_talk_to_the_guest_hear_of_a_snapshot_that_failed(tmp_path: Path, fails: bool) -> None:
+    """Firecracker has reset their connections by then: they would wait for ever for the guest's next word."""
+    directory, destination = tmp_path / "vm", tmp_path / "snapshot"
+    for path in (directory, destination):
+        path.mkdir()
+    (directory / "scratch.img").touch()
+    (destination / store.SCRATCH).touch()  # in the way
+    with sockets.listen(directory / "vsock.sock"):
+        os.utime(directory / "vsock.sock", (0, 0))
+        with pytest.raises(FcvmError):
+            create.create(Vmm(fails=fails), directory, destination)  # type: ignore[arg-type]
+        assert (directory / "vsock.sock").stat().st_mtime > 0
+
+
+@pytest.mark.parametrize("by", ["its end", "our dismissal"])
+def test_output_for_a_client_that_does_not_read_ends_with_the_client(tmp_path: Path, by: str) -> None:
+    ours, theirs = socket.socketpair()
+    read, write = os.pipe()  # somebody keeps it open and does not read
+    client = server.Client(ours, {}, [write])
+    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client, prefix=False)
+    broken = threading.Event()
+
+    def produce() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            output.write("stderr", b"for nobody")
+            output.write("stdout", bytes(1 << 20))
+            return
+        broken.set()
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    assert os.read(read, 1000) == bytes(1000)
+    if by == "its end":
+        theirs.close()
+    else:
+        client.dismiss()
+    assert broken.wait(30)
+    assert output.closed
+    output.close()
+    client.close()
+    theirs.close()
+    os.close(read)
+
+
+def test_output_for_a_client_that_reads_is_whole(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    read, write = os.pipe()
+    client = server.Client(ours, {}, [write])
+    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client, prefix=False)
+    data = bytes(range(256)) * 1000
+    thread = threading.Thread(target=output.write, args=("stdout", data))
+    thread.start()
+    with open(read, "rb") as file:
+        assert file.read(len(data)) == data
+    thread.join()
+    output.close()
+    client.close()
+    theirs.close()
+
+
+def a_server(tmp_path: Path) -> server.CloneServer:
+    return server.CloneServer(server.Settings("tag"), settings.load({"base_dir": str(tmp_path)}), None)  # type: ignore[arg-type]
+
+
+def test_a_client_that_says_nothing_does_not_keep_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_TIME", 0.05)
+    with sockets.listen(tmp_path / "sock") as listener, sockets.connect(tmp_path / "sock", timeout=30) as silent:
+        a_server(tmp_path)._welcome(listener)
+        assert silent.recv(1) == b""
+
+
+@pytest.mark.parametrize("missing", ["descriptors", "threads"])
+def test_a_server_lives_on_without_resources_for_a_client(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> object:
+        raise OSError(24, "No descriptors") if missing == "descriptors" else RuntimeError("can't start new thread")
+
+    with sockets.listen(tmp_path / "sock") as listener, sockets.connect(tmp_path / "sock", timeout=30) as client:
+        if missing == "threads":
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+        else:
+            monkeypatch.setattr(socket.socket, "accept", refuse)
+        a_server(tmp_path)._welcome(listener)
+        if missing == "threads":
+            assert client.recv(1) == b""
+    assert "could not be served" in capsys.readouterr().err

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fc_agent import structs
+from fcvm import config as settings
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError, UsageError
 from fcvm.firecracker.boot import Hardware
-from fcvm.snapshots import manifest, store
+from fcvm.snapshots import manifest, server, store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot
+from fcvm.vm import boot_snapshot, clone
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot
+from fcvm.vm import boot_snapshot, clone
 with store.creating(Layout(Path(sys.argv[1])), "warm") as directory:
     (directory / "memory.bin").write_bytes(b"half")
     print("making", flush=True)
@@ -158,7 +160,7 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot
+from fcvm.vm import boot_snapshot, clone
 with store.use(Layout(Path(sys.argv[1])), "warm"):
     print("using", flush=True)
     sys.stdin.read()
@@ -314,3 +316,38 @@ def test_what_goes_while_others_are_pruned_is_no_error(layout: Layout, monkeypat
     make(layout, "boot", kind="boot")
     monkeypatch.setattr(store, "tags", lambda _layout: ["gone", "boot"])
     assert [tag for tag, _ in store.prune(layout)] == ["boot"]
+
+
+@pytest.mark.parametrize(
+    "disks",
+    [
+        {"../../outside": "guest/root.img"},
+        {"/tmp/outside": "guest/root.img"},
+        {"..": "guest/root.img"},
+        {"root.img": "/etc/passwd"},
+        {"root.img": "../../etc/passwd"},
+        {"root.img": 1},
+    ],
+)
+def test_a_snapshot_from_elsewhere_reaches_no_files_outside(layout: Layout, disks: dict[str, object]) -> None:
+    make(layout, "strange")
+    path = layout.snapshots / "strange/config.json"
+    path.chmod(0o600)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "disks": disks}))
+    with pytest.raises(SnapshotError, match="damaged"):
+        store.find(layout, "strange")
+
+
+@pytest.mark.parametrize("spec", [{"name": "x"}, {"image": 1}, {"image": {}, "from": "the future"}])
+def test_a_snapshot_of_a_vm_of_another_kind_is_refused(layout: Layout, spec: dict[str, object]) -> None:
+    make(layout, "strange", spec=spec)
+    with pytest.raises(SnapshotError, match="does not know how to run"):
+        clone.spec_of(store.find(layout, "strange"), name="x")
+
+
+def test_a_server_of_a_snapshot_that_does_not_fit_this_host_does_not_start(layout: Layout) -> None:
+    make(layout, "strange", host=structs.replace(manifest.this_host(), vendor="x86_64 Elsewhere"))
+    assets = SimpleNamespace(firecracker_version="1.12.1")
+    served = server.CloneServer(server.Settings("strange"), settings.load({"base_dir": str(layout.base)}), assets)  # type: ignore[arg-type]
+    with pytest.raises(SnapshotError, match="another kind of CPU"):
+        served.run()

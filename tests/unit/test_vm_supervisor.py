@@ -163,3 +163,80 @@ def test_work_in_the_background_goes_on_once_it_is_ready() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     for fd in (done, tell, go, let):
         os.close(fd)
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Supervisor:
+    """A supervisor whose VM is only made believe to run."""
+    spec = RunSpec(name="quiet", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    made = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), Boot(None, warm="warm-1"))  # type: ignore[arg-type]
+    record = state.Record(
+        id=made.id, name=spec.name, pid=os.getpid(), status="running", health="starting", image="image",
+        created_at=0, cpu=1, memory_mib=128,
+    )  # fmt: skip
+    made.entry = state.register(made.layout, record)
+    made._phase = "running"
+    return made
+
+
+def test_a_warm_start_is_not_taken_in_the_middle_of_another_snapshot(
+    vm: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a snapshot waits for the guest to stand still the agent is heard, and it may say that the container is healthy."""
+    taken: list[str | None] = []
+    monkeypatch.setattr(supervisor.warm, "capture", lambda _vm, name: taken.append(name))
+    vm._on_health_message({"status": "healthy"})
+    assert taken == []
+    vm._on_ask()
+    vm._on_health_message({"status": "healthy"})
+    assert not vm._asks, "it is taken once"
+    assert taken == ["warm-1"]
+
+
+@pytest.mark.parametrize("status", ["\ud800", "\033[2J", "x" * 1000, None, ["healthy"], {}])
+def test_a_health_that_is_none_is_not_shown(vm: Supervisor, status: object) -> None:
+    """A guest could make `fcvm ls` fail for all VMs by text that no terminal can be given."""
+    vm._on_health_message({"status": status})
+    assert vm.entry.record.health == "starting"
+
+
+def test_a_guest_that_tells_of_stages_for_ever_is_not_listened_to_for_ever(vm: Supervisor) -> None:
+    for number in range(1000):
+        vm._on_stage_message({"name": "x" * number, "uptime": 1.0})
+    assert sum(len(name) for name, _ in vm.timings.guest_marks) < 10_000
+
+
+@pytest.mark.parametrize(
+    "request_", [{"op": "snapshot"}, {"op": "snapshot", "tag": None}, {"op": "stop", "timeout": 1e400}]
+)
+def test_a_request_of_another_fcvm_does_not_end_a_vm(vm: Supervisor, request_: dict[str, object]) -> None:
+    theirs, ours = socket.socketpair()
+    vm._requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
+    vm._phase = "starting" if request_["op"] == "snapshot" else "running"
+    with theirs:
+        theirs.sendall(json.dumps(request_).encode() + b"\n")
+        vm._on_request()
+        assert "error" in json.loads(theirs.makefile().readline())
+
+
+def test_a_vm_lives_on_when_a_request_cannot_be_accepted(vm: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> object:
+        raise OSError(24, "Too many open files")
+
+    vm._requests = SimpleNamespace(accept=refuse)  # type: ignore[assignment]
+    vm._on_request()
+    assert "Too many open files" in capsys.readouterr().err
+
+
+def test_a_killed_vm_does_not_wait_for_ever_for_its_reader(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STREAMS_MARGIN", 0.05)
+    vm._killing = True
+    with contextlib.ExitStack() as stack:
+        ended, quiet = stack.enter_context(open(os.devnull)), [stack.enter_context(socket.socket()) for _ in range(2)]
+        vm._selector = stack.enter_context(contextlib.closing(supervisor.selectors.SelectSelector()))  # takes files
+        vm.firecracker = SimpleNamespace(pidfd=ended)  # type: ignore[assignment]
+        vm.control, vm._requests, vm.network = quiet[0], quiet[1], SimpleNamespace(watch=[])  # type: ignore[assignment]
+        for one in quiet:
+            one.listen()
+        vm._loop()
+    assert vm._exit == {"code": 137}

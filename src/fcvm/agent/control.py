@@ -166,7 +166,9 @@ def parse(line: bytes | bytearray) -> dict[str, Any]:
     ended = message if message["type"] == "exit" else state.get("exit")
     if ended is not None and not (isinstance(ended, dict) and ended.get("code") in range(256)):
         raise AgentError(f"The guest agent reports an end that cannot be: {str(ended)[:80]}.")
-    if message["type"] == "stage" and not isinstance(message.get("uptime"), int | float):
+    if message["type"] == "stage" and not (
+        isinstance(message.get("uptime"), int | float) and 0 <= message["uptime"] < 1 << 40
+    ):
         raise AgentError("The guest agent reports a stage at no time.")
     return message
 

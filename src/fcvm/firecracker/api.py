@@ -7,6 +7,7 @@ a clone is one such call. Requests and fields are those of Firecracker's API spe
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class Api:
     """A kept-alive connection to one Firecracker's API socket.
 
-    Calls raise ``FirecrackerError`` with Firecracker's own fault message, or when the VMM has died.
+    Calls raise ``FirecrackerError`` with Firecracker's own fault message, or when the VMM has died. One that was not
+    answered in time ends the connection, or its answer would be taken for that of the next; that makes another.
     """
 
     def __init__(self, path: Path, *, timeout: float = 60.0) -> None:
@@ -40,18 +42,25 @@ class Api:
         """GET ``path``; returns the decoded JSON."""
         return self.call("GET", path)
 
-    def put(self, path: str, body: dict[str, Any]) -> Any:
-        """PUT ``body`` to ``path``."""
-        return self.call("PUT", path, body)
+    def put(self, path: str, body: dict[str, Any], *, timeout: float | None = None) -> Any:
+        """PUT ``body`` to ``path``; ``timeout`` in seconds if it may take longer than other calls."""
+        return self.call("PUT", path, body, timeout=timeout)
 
     def patch(self, path: str, body: dict[str, Any]) -> Any:
         """PATCH ``path`` with ``body``."""
         return self.call("PATCH", path, body)
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
         """One request and its answer."""
         self.send(method, path, body)
-        return self.receive(f"{method} {path}")
+        if timeout is None:
+            return self.receive(f"{method} {path}")
+        self.socket.settimeout(timeout)
+        try:
+            return self.receive(f"{method} {path}")
+        finally:
+            with contextlib.suppress(OSError):  # there is no connection any more
+                self.socket.settimeout(self.timeout)
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         """Only send: a pool resumes many clones by sending to all of them before it waits for the first."""
@@ -71,7 +80,9 @@ class Api:
             while len(rest) < length:
                 rest += self._more()
         except TimeoutError as error:
-            raise FirecrackerError(f"Firecracker did not answer {what} within {self.timeout:g} seconds.") from error
+            limit = self.socket.gettimeout()
+            self._reconnect()
+            raise FirecrackerError(f"Firecracker did not answer {what} within {limit:g} seconds.") from error
         except OSError as error:
             raise FirecrackerError(f"Firecracker died during {what}: {error}.") from error
         status = int(head[9:12])
@@ -80,6 +91,12 @@ class Api:
             fault = (answer or {}).get("fault_message", f"HTTP status {status}")
             raise FirecrackerError(f"Firecracker refused {what}: {fault}")
         return answer
+
+    def _reconnect(self) -> None:
+        """Have a connection without the answer that is still to come; if there can be none, calls fail from now on."""
+        self.socket.close()
+        with contextlib.suppress(OSError):
+            self.socket = sockets.connect(self.path, timeout=self.timeout)
 
     def _more(self) -> bytes:
         data = self.socket.recv(65536)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BASE = "memory.base"
 UNKNOWN = "memory.unknown"
+WRITE_TIMEOUT = 1800.0  # seconds; 64 GiB to a slow disk take a while
 
 
 class Timings(Struct):
@@ -110,14 +111,16 @@ def create(
         kind = _prepare(directory, destination / store.MEMORY)
         begin = time.monotonic()
         with still or contextlib.nullcontext():
-            with paused(vmm):
-                frozen = time.monotonic()
-                _write(vmm, kind, directory, destination)
-                wrote = time.monotonic()
-                files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
-                cloned = time.monotonic()
-                states = volumes()
-            vsock.announce_reset(directory / VSOCK)
+            try:
+                with paused(vmm):
+                    frozen = time.monotonic()
+                    _write(vmm, kind, directory, destination)
+                    wrote = time.monotonic()
+                    files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
+                    cloned = time.monotonic()
+                    states = volumes()
+            finally:  # Firecracker may have reset them, even if the snapshot has failed
+                vsock.announce_reset(directory / VSOCK)
         end = time.monotonic()
         (destination / store.VOLUMES).write_text(json.dumps(states) + "\n")
         if kind == "Full":
@@ -175,7 +178,7 @@ def _write(vmm: Firecracker, kind: str, directory: Path, destination: Path) -> N
         "mem_file_path": str(memory),
     }
     try:
-        vmm.api.put("/snapshot/create", request)
+        vmm.api.put("/snapshot/create", request, timeout=WRITE_TIMEOUT)
     except FirecrackerError as error:
         relative_to(directory, None)  # some of the dirty pages may have been written, and count as clean now
         if "os error 28" in error.message:  # ENOSPC

@@ -74,9 +74,7 @@ class Manifest(Struct):
 
     def write(self, directory: Path) -> None:
         """Put it into a snapshot that is being made."""
-        for path in self.disks.values():
-            if os.path.isabs(path) or ".." in Path(path).parts:
-                raise ValueError(f"{path} is not relative to the data directory")
+        _check_disks(self.disks)
         (directory / NAME).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -98,14 +96,22 @@ class Manifest(Struct):
             values["host"] = records.checked(Host, {**host, "flags": tuple(host["flags"])})
             known = set(fields(cls))
             manifest = records.checked(cls, {name: value for name, value in values.items() if name in known})
-            if not all(isinstance(path, str) for path in manifest.disks.values()):
-                raise ValueError(f"disks is {manifest.disks!r}")
+            _check_disks(manifest.disks)
             return manifest
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(
                 f"The snapshot {directory.name!r} is damaged: its {NAME} cannot be read: {error}.",
                 hint=f"fcvm snapshots rm {directory.name}, then make it again",
             ) from error
+
+
+def _check_disks(disks: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every disk is a file of the data directory: who made the snapshot may be anyone."""
+    for name, path in disks.items():
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"{name!r} cannot name a disk")
+        if not isinstance(path, str) or os.path.isabs(path) or ".." in Path(path).parts:
+            raise ValueError(f"{path!r} is not relative to the data directory")
 
 
 def this_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:

@@ -15,7 +15,7 @@ from fcvm.network.attach import Network
 from fcvm.snapshots import servers, store
 from fcvm.snapshots.pool import Loaded
 from fcvm.vm import network as networks
-from fcvm.vm.output import Output, write_all
+from fcvm.vm.output import Output, write_while
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -59,18 +59,20 @@ class Pooled(Start):
 
 
 class ClientOutput(Output):
-    """Also writes to a client's stdout and stderr."""
+    """Also writes to a client's stdout and stderr, as long as the client lives."""
 
-    def __init__(self, kept: Output, descriptors: dict[str, int], *, prefix: bool) -> None:
+    def __init__(self, kept: Output, client: Client, *, prefix: bool) -> None:
         self.__dict__.update(kept.__dict__)
-        self.descriptors = descriptors
+        self.descriptors = client.descriptors
+        self.connection = client.connection
         self.prefix = prefix
 
     def write(self, stream: str, data: bytes) -> None:
         super().write(stream, data)
         if not self.closed and stream in self.descriptors:
             try:
-                write_all(self.descriptors[stream], self._prefixed(stream, data) if self.prefix else data)
+                shown = self._prefixed(stream, data) if self.prefix else data
+                write_while(self.descriptors[stream], shown, self.connection)
             except OSError as error:
                 self.closed = True
                 raise BrokenPipeError(*error.args) from error
@@ -89,7 +91,7 @@ class ClientSupervisor(Supervisor):
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         super()._acquire(stack)
         self.entry.update(pid=self.client.pid)
-        self.output = ClientOutput(self.output, self.client.descriptors, prefix=bool(self.spec.log_prefix))
+        self.output = ClientOutput(self.output, self.client, prefix=bool(self.spec.log_prefix))
 
 
 class Client:
@@ -121,6 +123,11 @@ class Client:
                 self.supervisor.ask(message)
         if self.supervisor is not None and not self.detached:
             self.supervisor.ask({"op": "kill"})
+
+    def dismiss(self) -> None:
+        """Neither hear the client any more nor wait until it takes output; it can still be told how its clone has ended."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
 
     def hang_up(self) -> None:
         with contextlib.suppress(OSError):

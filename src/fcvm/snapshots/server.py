@@ -27,7 +27,7 @@ from fcvm.network import attach
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
-from fcvm.snapshots import page_faults, restore, servers, store, working_set
+from fcvm.snapshots import manifest, page_faults, restore, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Loaded, Pool
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from fcvm.snapshots.restore import Backend
 
+REQUEST_TIME = 10.0  # seconds for a client to say what it wants
 RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
 
 
@@ -108,6 +109,8 @@ class CloneServer:
             _allow_many_descriptors()
             state.sweep(self.layout)
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
+            version = self.assets.firecracker_version
+            manifest.check(settings.tag, self.snapshot.manifest, firecracker=version, host=manifest.this_host())
             self.mode = clones.spec_of(self.snapshot, name="clone", network=self._mode()).network
             info = {
                 "pid": os.getpid(),
@@ -173,12 +176,22 @@ class CloneServer:
             while not self.stopping:
                 for key, _ in selector.select():
                     if key.fileobj is listener:
-                        try:
-                            connection, _ = listener.accept()
-                        except OSError as error:  # no descriptors left, or the client has gone already
-                            log.error(f"a client could not be served: {error}")
-                            continue
-                        threading.Thread(target=self._greet, args=(connection,), name="client").start()
+                        self._welcome(listener)
+
+    def _welcome(self, listener: socket.socket) -> None:
+        """Take a client, to whom a thread of its own listens."""
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # the client has gone already, or no descriptors are left, perhaps not for long
+            log.error(f"a client could not be served: {error}")
+            time.sleep(0.1)
+            return
+        connection.settimeout(REQUEST_TIME)
+        try:
+            threading.Thread(target=self._greet, args=(connection,), name="client").start()
+        except RuntimeError as error:  # no threads left
+            log.error(f"a client could not be served: {error}")
+            connection.close()
 
     def _greet(self, connection: socket.socket) -> None:
         """Read a client's request and carry it out: the thread of a clone's whole life."""
@@ -187,6 +200,7 @@ class CloneServer:
         except (OSError, ValueError):
             connection.close()
             return
+        connection.settimeout(None)
         client = Client(connection, request, fds)
         try:
             if request.get("op") == "status":
@@ -244,10 +258,8 @@ class CloneServer:
                     supervisor.ask({"op": "kill"})
                 return supervisor.run()
             finally:
+                client.dismiss()
                 streams.join()
-                if not client.detached:
-                    with contextlib.suppress(OSError):
-                        client.connection.shutdown(socket.SHUT_RD)  # ends the listener; our answer can still be sent
                 listener.join()
 
     @contextlib.contextmanager
@@ -297,6 +309,7 @@ class CloneServer:
             for client in self.clients:
                 if client.supervisor is not None:
                     client.supervisor.ask({"op": "kill"})
+                client.dismiss()
             while self.clients:
                 self.changed.wait()
 

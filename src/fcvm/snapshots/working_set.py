@@ -11,6 +11,7 @@ from fcvm.errors import SnapshotError
 from fcvm.snapshots import store
 from fcvm.snapshots.store import Snapshot
 
+MOST = 1 << 28  # pages: the largest memory that a VM can have (vm/spec.py)
 GAP = 8  # pages; two ranges that are nearer are one: copying eight pages costs less than another system call
 
 
@@ -41,9 +42,11 @@ def load(file: Path) -> list[tuple[int, int]]:
     """
     try:
         ranges = [(int(first), int(count)) for first, count in json.loads(file.read_text())]
+        if any(first < 0 or count < 1 or first + count > MOST for first, count in ranges):
+            raise ValueError("no memory has such pages")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise SnapshotError(f"The working set {file} is damaged: {error}.", hint=f"rm {file}") from error
     return ranges
 

@@ -36,11 +36,17 @@ def spec_of(snapshot: Snapshot, **changes: Any) -> RunSpec:
     """The spec of a clone of ``snapshot``: that of the VM it is of, with ``changes`` (``name`` at least).
 
     Raises:
-        SnapshotError: it is not a snapshot of a container, but one of ours (a boot snapshot).
+        SnapshotError: it is not a snapshot of a container, but one of ours (a boot snapshot); or of another fcvm's kind.
     """
     if not snapshot.manifest.spec:
         raise SnapshotError(f"The snapshot {snapshot.tag!r} is of no container.", hint="fcvm snapshots")
-    spec = RunSpec.from_json({**snapshot.manifest.spec, **OWN})
+    try:
+        spec = RunSpec.from_json({**snapshot.manifest.spec, **OWN})
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise SnapshotError(
+            f"The snapshot {snapshot.tag!r} is of a VM that this fcvm does not know how to run: {error}.",
+            hint=f"fcvm snapshots rm {snapshot.tag}, then make it again",
+        ) from error
     return replace(spec, **{"network": snapshot.manifest.network, **changes})
 
 

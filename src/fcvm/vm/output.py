@@ -7,6 +7,7 @@ line-oriented format it is exact for any bytes, and writing it costs one call a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import struct
@@ -20,6 +21,7 @@ from fcvm.storage.rotating import RotatingFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import BinaryIO, Literal
 
     Stream = Literal["stdout", "stderr"]
@@ -95,7 +97,8 @@ class Output:
     def close(self) -> None:
         """End a line left open behind a prefix, and the log."""
         if self.show and self.prefix and not self.closed and any(self.line_open.values()):
-            os.write(1, b"\n")
+            with contextlib.suppress(OSError):  # our reader has gone
+                os.write(1, b"\n")
         self.log.close()
 
 
@@ -112,6 +115,22 @@ def write_all(fd: int, data: bytes) -> None:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
             select.select([], [fd], [])
+
+
+def write_while(fd: int, data: bytes, peer: socket.socket) -> None:
+    """As ``write_all``, but given up with BrokenPipeError when ``peer`` hangs up, or is shut down for reading by us.
+
+    So little is written at a time that a pipe with any space takes it at once (PIPE_BUF, pipe(7)).
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.register(peer, select.POLLRDHUP)
+    view = memoryview(data)
+    while view:
+        if any(ready == peer.fileno() for ready, _ in poll.poll()):
+            raise BrokenPipeError(errno.EPIPE, "whoever wanted it has gone")
+        with contextlib.suppress(BlockingIOError):
+            view = view[os.write(fd, view[: select.PIPE_BUF]) :]
 
 
 def read_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SOCKET = "supervisor.sock"
 MAX_LINE = 1 << 20
+MAX_TIMEOUT = 1 << 31  # seconds
 
 
 def call(directory: Path, request: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any] | None:
@@ -53,9 +54,13 @@ def receive(connection: socket.socket) -> dict[str, Any]:
         request = json.loads(read_line(connection))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"The request is malformed: {error}.") from error
-    if not isinstance(request, dict) or not isinstance(request.get("timeout"), int | float | None):
+    if not isinstance(request, dict) or not _is_timeout(request.get("timeout")):
         raise UsageError("The request is malformed.")
     return request
+
+
+def _is_timeout(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= MAX_TIMEOUT)
 
 
 def read_line(connection: socket.socket) -> bytes:

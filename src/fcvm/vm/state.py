@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SCHEMA = 1
+HEALTH = ("starting", "healthy", "unhealthy", "stopped")
 NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"  # Podman's rule, within a host name's length
 
 
@@ -37,7 +38,7 @@ class Record(Struct):
     Attributes:
         pid: of the supervisor, the process that the VM's life is bound to; where the VMs are.
         status: ``starting``, ``running``, ``stopping``, ``exited``.
-        health: ``starting``, ``healthy``, ``unhealthy``, ``stopped``.
+        health: one of ``HEALTH``.
         created_at: seconds since the epoch.
         keep: the record stays after the end (--no-rm).
     """

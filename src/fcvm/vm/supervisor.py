@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
-STREAMS_MARGIN = 10.0  # seconds in which what has broken the container's streams may say more of itself, as Firecracker's end does
+STREAMS_MARGIN = 10.0  # seconds between the end of Firecracker and that of the container's streams, whichever is first
 UNPLANNED = ("starting", "warming", "captured")  # phases in which there is no container to stop, and a boot snapshot may be taken
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
@@ -295,6 +295,7 @@ class Supervisor:
         self._selector.unregister(self.firecracker.pidfd)
         if self._exit is not None or self._killing:
             self._exit = self._exit or {"code": KILLED}
+            self._deadline = time.monotonic() + STREAMS_MARGIN  # for whoever reads our output, who may have stopped to
             return
         self.firecracker.process.wait()
         self.firecracker.console.join()
@@ -347,7 +348,7 @@ class Supervisor:
         self.control.send(plan.message(self))
 
     def _on_stage_message(self, message: dict[str, Any]) -> None:
-        self.timings.guest(str(message.get("name")), float(message["uptime"]))
+        self.timings.guest(str(message.get("name"))[:80], float(message["uptime"]))
 
     def _on_started_message(self, message: dict[str, Any]) -> None:
         if self._phase == "planned":
@@ -378,11 +379,13 @@ class Supervisor:
         self._on_started()
 
     def _on_health_message(self, message: dict[str, Any]) -> None:
-        status = str(message.get("status"))
+        status = message.get("status")
+        if status not in state.HEALTH:
+            return
         self.entry.update(health=status)
-        if status == "healthy" and self.running and not (self._warmed or self._stop_sent):
+        if status == "healthy" and self.running and not self._warmed:
             self._warmed = True
-            warm.capture(self, self._start.warm)
+            self.ask({"op": "warm"})  # another snapshot may be under way at this moment
 
     def _on_exit_message(self, message: dict[str, Any]) -> None:
         self._exit = message
@@ -401,7 +404,12 @@ class Supervisor:
             self._deadline = time.monotonic() + STREAMS_MARGIN
 
     def _on_request(self) -> None:
-        connection, _ = self._requests.accept()
+        try:
+            connection, _ = self._requests.accept()
+        except OSError as error:  # no descriptors left, perhaps not for long
+            log.warning(f"{self.spec.name}: a request cannot be read: {error.strerror}")
+            time.sleep(0.1)
+            return
         connection.settimeout(5.0)
         try:
             request = rpc.receive(connection)
@@ -412,7 +420,7 @@ class Supervisor:
                 rpc.answer(connection, operations.perform(self, request))
         except FcvmError as error:
             rpc.answer(connection, rpc.failure(error))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             rpc.answer(connection, {"error": f"The request cannot be carried out: {error}."})
 
     def _answer_waiting(self, reply: dict[str, Any]) -> None:
@@ -424,6 +432,10 @@ class Supervisor:
         if request["op"] in ("unreachable", "reachable"):
             self._refusals.note(request["ports"], loopback_only=request["op"] == "unreachable")
             self.entry.update(network=self._shown)
+            return
+        if request["op"] == "warm":
+            if self.running and not self._stop_sent:
+                warm.capture(self, self._start.warm)
             return
         if request["op"] == "kill" or self._phase in UNPLANNED:
             self._kill()
