@@ -220,7 +220,8 @@ def test_what_a_clone_held_is_freed_when_it_dies(server: MemoryServer, snapshot:
     for number in range(5):
         with a_clone(server, snapshot, tmp_path / f"clone{number}") as vmm:
             os.kill(vmm.pid, signal.SIGKILL)
-    wait_for(lambda: held() == before)
+    # The process may have let go of the first one after we had looked.
+    wait_for(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
 
 
 def test_strange_client_does_no_harm(server: MemoryServer, snapshot: Snapshot, tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_clone_moves_to_a_directory_of_the_callers(kit: Kit, vms: Path) -> None:
                 assert guest.wrong(FIRST, PAGES, seed=1) == 0
             assert (before / "vsock.sock").exists(), "the old path leads there"
         assert (vms / "mine").exists(), "it is the caller's"
+        assert not before.is_symlink(), "a server's directory does not grow with every clone"
 
 
 def test_each_clone_is_in_a_namespace_of_its_own(kit: Kit, vms: Path) -> None:

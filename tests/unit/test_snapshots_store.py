@@ -17,7 +17,8 @@ from fcvm.firecracker.boot import Hardware
 from fcvm.snapshots import manifest, server, store
 from fcvm.snapshots.manifest import Manifest
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot, clone
+from fcvm.vm import boot_snapshot, clone, warm
+from fcvm.vm.start import Boot, Start
 
 
 @pytest.fixture
@@ -148,7 +149,8 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot, clone
+from fcvm.vm import boot_snapshot, clone, warm
+from fcvm.vm.start import Boot, Start
 with store.creating(Layout(Path(sys.argv[1])), "warm") as directory:
     (directory / "memory.bin").write_bytes(b"half")
     print("making", flush=True)
@@ -160,7 +162,8 @@ import sys
 from pathlib import Path
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
-from fcvm.vm import boot_snapshot, clone
+from fcvm.vm import boot_snapshot, clone, warm
+from fcvm.vm.start import Boot, Start
 with store.use(Layout(Path(sys.argv[1])), "warm"):
     print("using", flush=True)
     sys.stdin.read()
@@ -351,3 +354,16 @@ def test_a_server_of_a_snapshot_that_does_not_fit_this_host_does_not_start(layou
     served = server.CloneServer(server.Settings("strange"), settings.load({"base_dir": str(layout.base)}), assets)  # type: ignore[arg-type]
     with pytest.raises(SnapshotError, match="another kind of CPU"):
         served.run()
+
+
+@pytest.mark.parametrize("kind", ["boot", "warm"])
+def test_one_of_ours_that_cannot_be_restored_is_removed_and_made_again(layout: Layout, kind: str) -> None:
+    make(layout, "stale", kind=kind)
+    start: Start
+    if kind == "boot":
+        start, other = boot_snapshot.Restore(None, warm="w", source="stale"), boot_snapshot.BootAndCapture(None, warm="w")  # type: ignore[arg-type]
+    else:
+        start, other = warm.Warm(None, "stale", otherwise=Boot(None)), Boot(None, warm="stale")  # type: ignore[arg-type]
+    assert start.instead(layout) == other
+    assert store.tags(layout) == []
+    assert other.instead(layout) is None

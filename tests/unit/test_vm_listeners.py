@@ -2,6 +2,7 @@
 
 import queue
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -66,3 +67,41 @@ def test_a_guest_that_does_not_tell_is_no_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(listeners, "on_loopback_only", refuse)
     Refusals("web", tmp_path, []).look({80}, lambda _request: pytest.fail("nothing is known"))
     looked.get(timeout=60)
+
+
+def test_a_guest_that_tells_nonsense_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "0: nonsense:zz nonsense 0A"
+    monkeypatch.setattr(listeners.sessions, "output", lambda *_, **__: (None, line.encode()))
+    refusals = Refusals("web", tmp_path, [])
+    refusals.look({80}, lambda _request: pytest.fail("nothing is known"))
+    assert refusals._looking.acquire(timeout=60)
+    with pytest.raises(ValueError, match="invalid literal"):
+        parse(line)
+
+
+def test_a_guest_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: queue.Queue[None] = queue.Queue()
+    answer: queue.Queue[list[int]] = queue.Queue()
+
+    def wait(*_: object) -> list[int]:
+        asked.put(None)
+        return answer.get(timeout=60)
+
+    monkeypatch.setattr(listeners, "on_loopback_only", wait)
+    refusals = Refusals("web", tmp_path, [])
+    told: queue.Queue[object] = queue.Queue()
+    for _ in range(3):
+        refusals.look({80}, told.put)
+    answer.put([80])
+    assert told.get(timeout=60) == {"op": "unreachable", "ports": [80]}
+    assert asked.qsize() == 1
+
+
+def test_a_guest_that_answers_without_end_is_not_listened_to_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(_directory: object, _request: object, *, on_output: Callable[[str, bytes], None], **_: object) -> None:
+        while True:
+            on_output("stdout", bytes(1 << 16))
+
+    monkeypatch.setattr(listeners.sessions, "stream", endless)
+    with pytest.raises(AgentError, match="longer than"):
+        listeners.on_loopback_only(tmp_path, {80})

@@ -1,6 +1,8 @@
 """The record of each VM and the question whether it lives."""
 
+import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -185,3 +187,28 @@ def test_a_pool_whose_server_was_killed_is_swept(layout: Layout) -> None:
     os.close(lock)
     state.sweep(layout)
     assert sorted(path.name for path in layout.vms.iterdir()) == [".floor"]
+
+
+@pytest.mark.parametrize("also", [{"schema": 2}, {"from_the_future": 1}, {"schema": 2, "status": {"is": "exited"}}])
+def test_a_kept_vm_of_a_newer_version_is_not_swept(layout: Layout, also: dict[str, object]) -> None:
+    entry = state.register(layout, record("kept", status="exited", keep=True))
+    entry.close()
+    vm_id = entry.record.id
+    (layout.vms / vm_id).mkdir()
+    path = layout.state / f"{vm_id}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **also}))
+    state.sweep(layout)
+    assert (layout.vms / vm_id).exists()
+    assert [found.name for found in state.records(layout)] == ([] if "schema" in also else ["kept"])
+
+
+def test_a_vm_that_cannot_be_entered_leaves_nothing(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(state, "write", refuse)
+    with pytest.raises(OSError, match="No space"):
+        state.register(layout, record())
+    assert left(layout) == []
+    assert len(os.listdir("/proc/self/fd")) <= before

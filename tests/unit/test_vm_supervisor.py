@@ -4,18 +4,21 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from fcvm import config as settings
-from fcvm.errors import AgentError, ConflictError, FcvmError
+from fcvm.errors import AgentError, ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker.process import Console
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, post_mortem, rpc, state, supervisor
+from fcvm.vm import background, post_mortem, rpc, run, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
 from fcvm.vm.start import Boot
 from fcvm.vm.supervisor import Supervisor
@@ -240,3 +243,102 @@ def test_a_killed_vm_does_not_wait_for_ever_for_its_reader(vm: Supervisor, monke
             one.listen()
         vm._loop()
     assert vm._exit == {"code": 137}
+
+
+class Carried:
+    """As much of a supervisor as ``run.drive`` needs: its life ends when it is killed."""
+
+    def __init__(self, carry: Callable[[], None], *, last: Callable[[], None] = lambda: None) -> None:
+        self.asked: list[str] = []
+        self.killed = threading.Event()
+        self.carry = carry
+        self.last = last
+
+    def run(self) -> int:
+        self.killed.wait(60)
+        self.last()
+        return 137
+
+    def ask(self, request: dict[str, str]) -> None:
+        self.asked.append(request["op"])
+        if request["op"] == "kill":
+            self.killed.set()
+
+    def carry_streams(self, **_: object) -> None:
+        self.carry()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_second_signal_leaves_a_write_that_blocks() -> None:
+    def carry() -> None:
+        for _ in range(2):
+            terminate()
+        time.sleep(60)
+        pytest.fail("it was not left")
+
+    vm = Carried(carry)
+    assert run.drive(vm) == 137  # type: ignore[arg-type]
+    assert vm.asked == ["stop", "kill"]
+
+
+def test_further_signals_do_not_disturb_the_end() -> None:
+    def hammer() -> None:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            terminate()
+
+    vm = Carried(lambda: [terminate() for _ in range(3)] and None, last=hammer)
+    assert run.drive(vm) == 137  # type: ignore[arg-type]
+    assert vm.asked[:2] == ["stop", "kill"]
+
+
+def test_a_vm_does_not_live_on_when_its_streams_are_carried_wrongly() -> None:
+    vm = Carried(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        run.drive(vm)  # type: ignore[arg-type]
+    assert vm.asked == ["kill"]
+
+
+def test_output_of_a_warm_start_that_is_gone_breaks_the_streams_and_no_more(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotFoundError("There is no snapshot.")
+
+    vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
+    vm._attachable.set()
+    monkeypatch.setattr(supervisor.sessions, "stream", refuse)
+    vm.carry_streams()
+    assert isinstance(vm._streams_broke, NotFoundError)
+
+
+@contextlib.contextmanager
+def starting(*, fails: bool) -> Iterator[object]:
+    if fails:
+        raise SnapshotError("It cannot be restored.")
+    yield "Firecracker"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervisor, kept: bool) -> None:
+    furnished: list[str] = []
+
+    def disks(of: Supervisor) -> None:
+        assert not list(of.directory.iterdir()), "nothing of the other start is left"
+        furnished.append("disks")
+
+    other = SimpleNamespace(firecracker=lambda _vm: starting(fails=False), disks=disks)
+    vm._start = SimpleNamespace(  # type: ignore[assignment]
+        firecracker=lambda _vm: starting(fails=True), instead=lambda _layout: other if kept else None
+    )
+    vm.volumes = SimpleNamespace(restart=lambda: None)  # type: ignore[assignment]
+    vm.directory.mkdir()
+    for name in ("scratch.img", "memory.base", "vmlinux", "vsock.sock"):
+        (vm.directory / name).touch()
+    if kept:
+        assert vm._firecracker() == "Firecracker"  # type: ignore[comparison-overlap]
+        assert (furnished, vm._start) == (["disks"], other)
+    else:
+        with pytest.raises(SnapshotError, match="cannot be restored"):
+            vm._firecracker()

@@ -5,12 +5,13 @@ holds no absolute path. Its stdout carries its own log and the guest's serial co
 and hang its API, so a thread reads it from the first byte on.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -59,27 +60,21 @@ class Firecracker:
             FirecrackerError: it ended instead, with what it printed.
         """
         self.directory = directory
+        self.pidfd = -1
         (directory / API_SOCKET).unlink(missing_ok=True)
-        self.console = Console(directory / CONSOLE)
-        read, write = os.pipe()
-        self._leash = Leash()
         command: list[str | Path] = [binary, "--api-sock", API_SOCKET, "--id", vm_id, "--level", "Warn", *arguments]
-        try:
-            self.process = _spawn(command, directory, write, self._leash, namespace)
-        except BaseException:
-            self._leash.close()
-            os.close(read)
-            raise
-        finally:
-            os.close(write)
-        self.pid = self.process.pid
-        self.pidfd = os.pidfd_open(self.pid)
-        self.console.follow(read)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._leash = Leash()
+            undo.callback(self._leash.close)
+            self.console = Console(directory / CONSOLE)
+            undo.callback(self.console.join)
+            with self.console.follow() as output:
+                self.process = _spawn(command, directory, output, self._leash, namespace)
+            undo.callback(self.kill)
+            self.pid = self.process.pid
+            self.pidfd = os.pidfd_open(self.pid)
             self.api = self._connect()
-        except BaseException:
-            self.kill()
-            raise
+            undo.pop_all()
 
     def _connect(self) -> Api:
         """Try until the API answers, ever more slowly.
@@ -163,10 +158,21 @@ class Console:
         self.tail = b""  # the last 16 KiB
         self.thread: threading.Thread | None = None
 
-    def follow(self, fd: int) -> None:
-        """Read ``fd`` to its end in a thread; takes the descriptor over."""
-        self.thread = threading.Thread(target=self._read, args=(fd,), name="console", daemon=True)
-        self.thread.start()
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[int]:
+        """A descriptor, ours inside the block, whose other end is read to its end in a thread."""
+        read, write = os.pipe()
+        try:
+            thread = threading.Thread(target=self._read, args=(read,), name="console", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there are too many
+                os.close(read)
+                raise
+            self.thread = thread
+            yield write
+        finally:
+            os.close(write)
 
     def _read(self, fd: int) -> None:
         try:
@@ -179,7 +185,9 @@ class Console:
 
     def join(self) -> None:
         """Wait for the end of the console; the writer is dead by now."""
-        if self.thread is not None:
+        if self.thread is None:  # nobody has written yet
+            self.file.close()
+        else:
             self.thread.join(timeout=10)
 
     def lines(self, count: int = 10) -> list[str]:

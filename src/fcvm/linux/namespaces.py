@@ -163,9 +163,13 @@ def _in_child(function: Callable[[], list[int]]) -> list[int]:
                 os._exit(0)
         theirs.close()
         try:
-            data, fds, _, _ = socket.recv_fds(ours, 1 << 16, _MAX_FDS)
+            data, fds, flags, _ = socket.recv_fds(ours, 1 << 16, _MAX_FDS)
         finally:
             os.waitpid(child, 0)
+    if flags & socket.MSG_CTRUNC:  # which of them are missing is not said
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     for fd in fds:
         os.set_inheritable(fd, False)
     answer = json.loads(data) if data else {"kind": "RuntimeError", "text": "the child died"}

@@ -91,11 +91,13 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
     """
     with contextlib.ExitStack() as stack:
         clones: list[Clone] = []
-        stack.enter_context(_stopping(clones))
+        asked = stack.enter_context(_stopping(clones))
         for want in wanted:  # all are asked for before the first is waited for
             clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if attached else ())
             stack.callback(clone.close)
             clones.append(clone)
+            if asked:  # by a signal that has not met it, or not for sure
+                clone.ask(asked[-1])
         started = [clone.started() for clone in clones]
         if not attached:
             for names in started:
@@ -136,19 +138,18 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def _stopping(clones: list[Clone]) -> Iterator[None]:
-    """Turn the first signal into a stop of all clones, the next into a kill."""
-    seen = 0
+def _stopping(clones: list[Clone]) -> Iterator[list[str]]:
+    """Turn the first signal into a stop of all clones, the next into a kill; yields a list of what was asked of them."""
+    asked: list[str] = []
 
     def handle(number: int, frame: object) -> None:
-        nonlocal seen
-        seen += 1
+        asked.append("kill" if asked else "stop")
         for clone in clones:
-            clone.ask("stop" if seen == 1 else "kill")
+            clone.ask(asked[-1])
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

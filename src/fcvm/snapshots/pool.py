@@ -94,7 +94,7 @@ class Loaded:
         self.id = clone_id
         self.directory = directory
         self.network: Any = None
-        self._moved = False
+        self._place = directory  # in the pool's own
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             directory.mkdir(mode=0o700)
@@ -126,17 +126,15 @@ class Loaded:
     def move(self, directory: Path) -> None:
         """Make ``directory``, which exists and is empty, its directory; from now on it is the caller's to remove.
 
-        The path that it had stays as a symbolic link as long as the pool, for those who have noted it.
+        The path that it had stays as a symbolic link until the end, for those who have noted it.
         """
-        self._moved = True
-        before, self.directory = self.directory, directory
-        before.rename(directory)
-        before.symlink_to(directory)
+        self.directory = directory
+        self._place.rename(directory)
+        self._place.symlink_to(directory)
         self.firecracker.directory = directory
 
     def _remove(self) -> None:
-        if not self._moved:
-            remove(self.directory)
+        remove(self._place)
 
     def close(self) -> None:
         """End it, and remove its network and directory; safe to call again."""
@@ -303,9 +301,8 @@ class Pool:
                     self._fail(SnapshotError(f"No clone of {self.kit.snapshot.tag!r} can be made: {error}."))
         finally:
             self._closing = True
-            for clone in self._ready:
-                clone.close()
-            self._ready.clear()
+            while self._ready:
+                self._ready.popleft().close()
 
     def _fail(self, error: FcvmError) -> None:
         with self._changed:

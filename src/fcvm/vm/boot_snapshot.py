@@ -101,6 +101,12 @@ class Restore(Boot):
         """Now and then, under emulation, a vCPU of a restored guest never wakes up: then it is booted."""
         return Boot(self.assets, self.warm)
 
+    def instead(self, layout: Layout) -> Boot:
+        """Boot, and take another one."""
+        with contextlib.suppress(FcvmError):
+            store.remove(layout, self.source)
+        return BootAndCapture(self.assets, self.warm)
+
     def go(self, vm: Supervisor) -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
         if vm.spec.nested is not None:

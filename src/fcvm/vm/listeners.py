@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+MOST = 16 << 20  # bytes of these tables: 100,000 connections
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
@@ -31,15 +32,21 @@ class Refusals:
         self._name = name
         self._directory = directory
         self._shown = shown
+        self._looking = threading.Lock()
         self._told: set[int] = set()  # of which the user was told
 
     def look(self, ports: Collection[int], ask: Callable[[dict[str, Any]], None]) -> None:
         """Ask the guest why it refuses, in another thread, as that takes a while; ``ask`` is told which are unreachable."""
 
         def find_out() -> None:
-            with contextlib.suppress(AgentError, OSError):  # it is not there yet, or no more
-                ask({"op": "unreachable", "ports": on_loopback_only(self._directory, ports)})
+            try:
+                with contextlib.suppress(AgentError, OSError, ValueError):  # it is not there yet, or no more; or tells nonsense
+                    ask({"op": "unreachable", "ports": on_loopback_only(self._directory, ports)})
+            finally:
+                self._looking.release()
 
+        if not self._looking.acquire(blocking=False):
+            return  # a guest may take as long as it likes to answer
         threading.Thread(target=find_out, name="listeners", daemon=True).start()
 
     def note(self, ports: Collection[int], *, loopback_only: bool) -> None:
@@ -61,14 +68,9 @@ def on_loopback_only(directory: Path, ports: Collection[int]) -> list[int]:
     Raises:
         AgentError, OSError: the guest does not tell.
     """
-    output: list[bytes] = []
-    sessions.stream(
-        directory,
-        session.Request(["cat", "/proc/net/tcp", "/proc/net/tcp6"], target="vm"),
-        stdin=None,
-        on_output=lambda _, data: output.append(data),
-    )
-    listening = parse(b"".join(output).decode(errors="replace"))
+    request = session.Request(["cat", "/proc/net/tcp", "/proc/net/tcp6"], target="vm")
+    _, output = sessions.output(directory, request, most=MOST)
+    listening = parse(output.decode(errors="replace"))
     return [port for port in sorted(ports) if listening.get(port) == {True}]
 
 

@@ -78,9 +78,8 @@ def _refuse_running_vms(vm: Supervisor) -> None:
     is paused would go on, in a clone, with that VM's registers as its own.
     """
     request = session.Request(["/bin/sh", "-c", COUNT_VMS], target="vm", cwd="/")
-    output: list[bytes] = []
-    sessions.stream(vm.directory, request, stdin=None, on_output=lambda _stream, data: output.append(data))
-    count = int(b"".join(output) or b"0")
+    _, output = sessions.output(vm.directory, request)
+    count = int(output or b"0")
     if count:
         raise ConflictError(
             f"{count} VM{'s run' if count > 1 else ' runs'} in the VM {vm.spec.name!r}, and Firecracker does not save that "

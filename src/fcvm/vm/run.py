@@ -77,38 +77,56 @@ def drive(supervisor: Supervisor, *, stdin: int | None = None, terminal: int | N
 
     thread = threading.Thread(target=run, name="supervisor")
     broken_pipe = False
-    with stopping(supervisor):
+    with stopping(supervisor) as signals:
         thread.start()
         try:
-            supervisor.carry_streams(stdin=stdin, terminal=terminal)
-        except BrokenPipeError:
-            broken_pipe = True
-            supervisor.ask({"op": "kill"})
+            try:
+                signals.interrupt = True
+                supervisor.carry_streams(stdin=stdin, terminal=terminal)
+            except BrokenPipeError:
+                broken_pipe = True
+                supervisor.ask({"op": "kill"})
+            finally:
+                signals.interrupt = False
         except Killed:
             pass
-        while thread.is_alive():
-            with contextlib.suppress(Killed):
-                thread.join()
+        except BaseException:
+            supervisor.ask({"op": "kill"})
+            raise
+        finally:
+            thread.join()
     if "error" in result:
         raise result["error"]
     return 141 if broken_pipe else int(result["code"])
 
 
-@contextlib.contextmanager
-def stopping(supervisor: Supervisor) -> Iterator[None]:
-    """Turn the first signal into a stop, the next into a kill."""
-    seen = 0
+class Signals:
+    """Turns the first signal into a stop of a VM, the next into a kill.
 
-    def handle(number: int, frame: object) -> None:
-        nonlocal seen
-        seen += 1
-        supervisor.ask({"op": "stop"} if seen == 1 else {"op": "kill"})
-        if seen > 1:
+    Attributes:
+        interrupt: whether the main thread is where a kill may raise ``Killed``, which it does once.
+    """
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.interrupt = False
+        self._supervisor = supervisor
+        self._seen = 0
+
+    def handle(self, number: int, frame: object) -> None:
+        self._seen += 1
+        self._supervisor.ask({"op": "stop" if self._seen == 1 else "kill"})
+        if self._seen > 1 and self.interrupt:
+            self.interrupt = False
             raise Killed
 
-    before = {number: signal.signal(number, handle) for number in STOPPING}
+
+@contextlib.contextmanager
+def stopping(supervisor: Supervisor) -> Iterator[Signals]:
+    """Have signals stop and kill the VM inside the block."""
+    signals = Signals(supervisor)
+    before = {number: signal.signal(number, signals.handle) for number in STOPPING}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -27,6 +27,7 @@ from fcvm.vm.spec import RunSpec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from fcvm.storage.layout import Layout
     from fcvm.vm.supervisor import Supervisor
 
 
@@ -83,6 +84,10 @@ class Start(Struct, ABC):
 
     def another(self) -> Start | None:
         """What to try when the agent says nothing; None to give up."""
+        return None
+
+    def instead(self, layout: Layout) -> Start | None:
+        """What to do where the snapshot that this is from cannot be restored; None to give up. One of ours is removed."""
         return None
 
 

@@ -14,9 +14,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from fc_agent.structs import Struct, asdict, field, replace
+from fc_agent.structs import Struct, asdict, field, fields, replace
 from fcvm import log
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage import records as records_on_disk
@@ -124,7 +124,7 @@ def register(layout: Layout, record: Record) -> Registration:
         for other in [other for other in records(layout) if other.name == record.name]:
             alive = is_alive(layout, other.id)
             if not alive and not other.is_kept:
-                _clear(layout, other.id)
+                _clear(layout, [other.id])
             else:
                 verb = "running" if alive else "kept"
                 raise ConflictError(
@@ -132,8 +132,13 @@ def register(layout: Layout, record: Record) -> Registration:
                     hint=f"fcvm {'stop' if verb == 'running' else 'rm'} {record.name}",
                 )
         lock = os.open(_path(layout, record.id, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write(layout, record)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write(layout, record)
+        except BaseException:
+            forget(layout, record.id)
+            os.close(lock)
+            raise
     return Registration(layout, record, lock)
 
 
@@ -146,9 +151,10 @@ def write(layout: Layout, record: Record) -> None:
 
 
 def read(layout: Layout, vm_id: str) -> Record | None:
-    """The record of ``vm_id``; None when it is gone, damaged or of another schema."""
+    """The record of ``vm_id``; None when it is gone, damaged or of another schema. A newer version may have more fields."""
     try:
-        record = records_on_disk.read(Record, _path(layout, vm_id, "json"))
+        values = records_on_disk.load(_path(layout, vm_id, "json"))
+        record = records_on_disk.checked(Record, {name: values[name] for name in fields(Record) if name in values})
     except (OSError, ValueError):
         return None
     return record if record.schema == SCHEMA else None
@@ -205,25 +211,38 @@ def sweep(layout: Layout) -> list[str]:
     names: list[str] = []
     with _if_writable(), locked(os.path.join(layout.place("state"), ".register.lock")):
         known = {record.id: record for record in records(layout)}
+        crashed: list[str] = []
         for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
             record = known.get(vm_id)
             if vm_id.startswith(POOL):
                 _clear_pool(os.path.join(layout.place("vms"), vm_id))
             if vm_id.startswith(".") or is_alive(layout, vm_id):
                 continue
-            if record is not None and record.is_kept:
+            if record.is_kept if record else _is_of_another(layout, vm_id):
                 continue
-            _clear(layout, vm_id)
+            crashed.append(vm_id)
             names.append(record.name if record else vm_id)
+        _clear(layout, crashed)
     return names
 
 
-def _clear(layout: Layout, vm_id: str) -> None:
-    """Remove what a VM has left that has crashed."""
+def _clear(layout: Layout, vm_ids: Sequence[str]) -> None:
+    """Remove what VMs have left that have crashed."""
+    if not vm_ids:
+        return
     from fcvm.firecracker import strays
 
-    strays.end(layout.vms / vm_id)
-    forget(layout, vm_id)
+    strays.end(layout.vms / vm_id for vm_id in vm_ids)
+    for vm_id in vm_ids:
+        forget(layout, vm_id)
+
+
+def _is_of_another(layout: Layout, vm_id: str) -> bool:
+    """Whether another version of fcvm has written the VM's record: that knows what to do with it."""
+    try:
+        return records_on_disk.load(_path(layout, vm_id, "json")).get("schema") != SCHEMA
+    except (OSError, ValueError):
+        return False
 
 
 def _clear_pool(path: str) -> None:
@@ -235,8 +254,7 @@ def _clear_pool(path: str) -> None:
 
             from fcvm.firecracker import strays
 
-            for clone in Path(path).iterdir():
-                strays.end(clone)
+            strays.end(Path(path).iterdir())
             remove(path)
         finally:
             os.close(lock)

@@ -26,7 +26,7 @@ from fcvm import log
 from fcvm.agent import session
 from fcvm.agent.control import Control
 from fcvm.config import Config
-from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError
+from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError, NotFoundError, SnapshotError
 from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
@@ -125,7 +125,7 @@ class Supervisor:
                     terminal=terminal,
                     give_up=lambda error, since: isinstance(error, FileNotFoundError | ConnectionRefusedError),
                 )
-        except (AgentError, OSError) as error:
+        except (FcvmError, OSError) as error:
             if isinstance(error, BrokenPipeError) and self.output.closed:
                 raise
             self._streams_broke = error
@@ -211,10 +211,22 @@ class Supervisor:
         self.freezing = Freezing(self.control, self._on_control)
         self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
-        self.firecracker: Firecracker = self._vmm.enter_context(self._start.firecracker(self))
+        self.firecracker = self._firecracker()
         self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
         self._start.go(self)
         self._deadline = time.monotonic() + self._start.timeout
+
+    def _firecracker(self) -> Firecracker:
+        """Firecracker with the start's VM in it, or with that of another start where a snapshot of ours is of no use any more."""
+        try:
+            return self._vmm.enter_context(self._start.firecracker(self))
+        except (SnapshotError, NotFoundError) as error:
+            instead = self._start.instead(self.layout)
+            if instead is None:
+                raise
+            log.info(f"starting in another way: {error.message}")
+        self._refurnish(instead)
+        return self._firecracker()
 
     def _serve_volumes(self) -> Volumes:
         spec = self.spec
@@ -278,6 +290,14 @@ class Supervisor:
     def _start_again(self, start: Start) -> None:
         """Replace a guest that never said hello: nothing of it was seen by anybody."""
         self._selector.unregister(self.firecracker.pidfd)
+        self._refurnish(start)
+        self.firecracker = self._firecracker()
+        self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
+        self._start.go(self)
+        self._deadline = time.monotonic() + self._start.timeout
+
+    def _refurnish(self, start: Start) -> None:
+        """Have nothing of the guest that was or was to be started, and what ``start`` needs."""
         self._vmm.close()
         self.volumes.restart()
         for path in (*self.directory.glob("*.img"), *self.directory.glob("memory.*")):
@@ -286,10 +306,6 @@ class Supervisor:
             path.unlink(missing_ok=True)
         self._start, self._phase = start, "starting"
         start.disks(self)
-        self.firecracker = self._vmm.enter_context(start.firecracker(self))
-        self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
-        start.go(self)
-        self._deadline = time.monotonic() + start.timeout
 
     def _on_firecracker_end(self) -> None:
         self._selector.unregister(self.firecracker.pidfd)

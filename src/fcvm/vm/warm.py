@@ -55,6 +55,12 @@ class Warm(Clone):
     def another(self) -> Start | None:
         return self.otherwise
 
+    def instead(self, layout: Layout) -> Start | None:
+        """Start otherwise, and take another one."""
+        with contextlib.suppress(FcvmError):
+            store.remove(layout, self.source)
+        return replace(self.otherwise, warm=self.source) if self.otherwise else None
+
     def resumed(self, vm: Supervisor, seen: int) -> None:
         """Show what the container had written before the snapshot."""
         for stream, data in _written(store.find(vm.layout, self.source).path / store.OUTPUT, seen - STARTED):
@@ -108,6 +114,6 @@ def _keep(written: output.Output, path: Path) -> None:
 def _written(path: Path, chunks: int) -> Iterator[tuple[output.Stream, bytes]]:
     """Of the first ``chunks`` chunks those that were saved at ``path``."""
     with open(path, "rb", buffering=0) as file:
-        lost = LOST.unpack(file.read(LOST.size))[0]
+        lost = int.from_bytes(file.read(LOST.size), "big")
         for _, stream, data in itertools.islice(output.records(file.fileno()), max(0, chunks - lost)):
             yield stream, data
