@@ -105,9 +105,7 @@ class ContainerProcess(LocalProcess):
     def close(self) -> None:
         freezer.forget(self.begun)
         super().close()
-        for suffix in ("json", "pid", "log"):
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self._base}.{suffix}")
+        _remove(self._base)
 
 
 def launch(container: Container, request: Request) -> ContainerProcess:
@@ -127,8 +125,23 @@ def launch(container: Container, request: Request) -> ContainerProcess:
 def _start(container: Container, request: Request) -> ContainerProcess:
     os.makedirs(DIRECTORY, exist_ok=True)
     base = f"{DIRECTORY}/{os.urandom(8).hex()}"
-    with open(f"{base}.json", "w") as file:
-        json.dump(process(container, request), file)
+    try:
+        with open(f"{base}.json", "w") as file:
+            json.dump(process(container, request), file)
+        return _execute(container, base, request)
+    except BaseException:
+        _remove(base)
+        raise
+
+
+def _remove(base: str) -> None:
+    """Remove what was written for one process: the files lie in memory."""
+    for suffix in ("json", "pid", "log", "sock"):
+        with contextlib.suppress(OSError):
+            os.unlink(f"{base}.{suffix}")
+
+
+def _execute(container: Container, base: str, request: Request) -> ContainerProcess:
     command = [
         CRUN,
         f"--log={base}.log",

@@ -301,7 +301,10 @@ class Server:
                     return
                 select.select([], [], [], 0.1)  # descriptors or memory: clients that end give some back
                 continue
-            threading.Thread(target=self._greet, args=(connection,), daemon=True, name="session").start()
+            try:
+                threading.Thread(target=self._greet, args=(connection,), daemon=True, name="session").start()
+            except RuntimeError:  # there are too many for this system's memory; this client may try again
+                connection.close()
 
     def adopt(self, identifier: str, process: Process, grace: float | None = None) -> Session:
         """Make a session of a process that was started elsewhere; clients resume it by its ``identifier``."""

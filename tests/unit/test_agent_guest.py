@@ -18,7 +18,7 @@ from fc_agent.channel import STDERR, STDOUT
 from fc_agent.control import Control
 from fc_agent.failures import explain
 from fc_agent.protocol import ContainerPlan, HealthPlan, VolumePlan
-from fc_agent.session import LaunchError
+from fc_agent.session import LaunchError, Request, Server
 
 
 @pytest.fixture
@@ -325,3 +325,35 @@ def test_uptime_grows() -> None:
 )
 def test_what_podman_says_in_one_sentence(said: str, meant: str) -> None:
     assert explain(said) == meant
+
+
+def test_a_program_that_cannot_be_started_leaves_no_files(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would lie in the guest's memory for ever."""
+    directory = tmp_path / "exec"
+    monkeypatch.setattr(exec, "DIRECTORY", str(directory))
+    monkeypatch.setattr(exec, "CRUN", "/nonexistent")
+    (tmp_path / "config.json").write_text(json.dumps({"process": {"user": {"uid": 0}}}))
+    running = SimpleNamespace(directory=str(tmp_path), pid=os.getpid(), id="container")
+    for request in (Request(argv=["x"], user="nosuchuser"), Request(argv=["x"]), Request(argv=["x"], tty=True)):
+        with pytest.raises(LaunchError):
+            exec.launch(running, request)  # type: ignore[arg-type]
+    assert list(directory.iterdir()) == []
+
+
+def test_sessions_are_served_on_when_there_were_too_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        serving = threading.Thread(target=Server(lambda _request: pytest.fail("nothing is started"), 0).serve, args=(listener,))
+        serving.start()
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        client.settimeout(60)
+        client.connect(str(tmp_path / "s"))
+        assert client.recv(1) == b""
+        assert serving.is_alive()
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join()

@@ -133,8 +133,49 @@ def test_odd_names_and_attributes_survive(read: Read) -> None:
     tree = read(
         File(raw.decode("utf-8", "surrogateescape"), b"1", pax={"SCHILY.xattr.user.x": value.decode("utf-8", "surrogateescape")}),
         File("exact", pax={"mtime": "1700000000.123456789"}),
-        File("n" * 300 + "/" + "m" * 255, b"2"),
+        File("n" * 255 + "/" + "m" * 255, b"2"),
     )
     assert tree.entries[raw].xattrs == {b"user.x": value}
     assert at(tree, "exact").mtime_ns == 1700000000_123456789
-    assert stat.S_ISREG(at(tree, "n" * 300 + "/" + "m" * 255).mode)
+    assert stat.S_ISREG(at(tree, "n" * 255 + "/" + "m" * 255).mode)
+
+
+def strange(name: str = "x", *, pax: dict[str, str] | None = None, kind: int = tarfile.PAX_FORMAT, **attributes: object) -> bytes:
+    """A tar with one empty file that is strange in some way."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=kind) as archive:
+        member = tarfile.TarInfo(name)
+        member.pax_headers = pax or {}
+        for attribute, value in attributes.items():
+            setattr(member, attribute, value)
+        archive.addfile(member)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "tar",
+    [
+        strange(uid=1 << 40),
+        strange(uid=-5, kind=tarfile.GNU_FORMAT),
+        strange(type=tarfile.CHRTYPE, devmajor=1 << 30, kind=tarfile.GNU_FORMAT),
+        strange(pax={"mtime": "1e30"}),
+        strange(pax={"mtime": "1e999999999"}),
+        strange(pax={"mtime": "1e999980"}),  # as an integer it would take half a minute
+        strange(pax={"mtime": "nan"}),
+        strange(pax={"SCHILY.xattr.user." + "a" * 300: "x"}),
+        strange(pax={"SCHILY.xattr.user.a": "x" * 70_000}),
+        strange("a" * 256),
+        strange("a/" * 2500),
+        strange(pax={"path": "a\0b"}),
+        strange("link", type=tarfile.SYMTYPE, linkname="x" * 5000),
+        strange("x" * 200, kind=tarfile.GNU_FORMAT)[:1024] * 3000,  # long names of long names
+    ],
+)
+def test_what_linux_has_no_place_for_is_a_damaged_layer(tar: bytes) -> None:
+    with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="damaged"):
+        layers.read(io.BytesIO(tar), Writer(file.fileno()), [])
+
+
+def test_names_may_be_as_long_as_linux_lets_them(read: Read) -> None:
+    tree = read(File("a" * 255, b"1"), File(".wh." + "b" * 255), symlink("l", "x" * 4095))
+    assert {len(name) for name in tree.entries} == {255, 1}

@@ -66,6 +66,23 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         load.contents(tmp_path / "missing")
 
 
+def test_an_index_without_end_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of gzip can be gigabytes of it."""
+    monkeypatch.setattr(load, "MOST", 1000)
+    (tmp_path / "manifest.json").write_text('[{"RepoTags": ["a"]}]' + 1000 * " ")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "manifest.json", "manifest.json")
+    with pytest.raises(ImageError, match="damaged, or not an image"):
+        load.contents(tmp_path / "a.tar")
+
+
+def test_an_archive_of_nothing_but_long_names_is_no_image(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("x" * 200)
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT)[:1024] * 3000)
+    with pytest.raises(ImageError, match="damaged, or not an image"):
+        load.contents(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("index", [
     "[" * 100_000, "null", "1", '"x"', "[]", "{}", "[1]", '[{"RepoTags": "abc"}]', '[{"RepoTags": [1]}]', '{"manifests": 1}', '{"manifests": []}',
     '{"manifests": [1]}', '{"manifests": [{"annotations": {"io.containerd.image.name": 5}}]}',

@@ -136,6 +136,12 @@ def test_the_users_configuration_is_read(tmp_path: Path) -> None:
     assert found.aliases["a"] == "two.example/a"
 
 
+def test_aliases_that_are_no_table_are_none(tmp_path: Path) -> None:
+    named = tmp_path / "named.conf"
+    named.write_text("aliases = 1")
+    assert "1" not in registries.load({"HOME": str(tmp_path), "CONTAINERS_REGISTRIES_CONF": str(named)}).aliases
+
+
 def test_a_file_named_by_the_environment_comes_first(tmp_path: Path) -> None:
     named = tmp_path / "named.conf"
     named.write_text('unqualified-search-registries = ["three.example"]')

@@ -68,7 +68,7 @@ def test_a_list_without_this_host() -> None:
         pull.choose(f'{{"manifests":[{entry("s390x", "a")},{entry("ppc64le", "b")},{entry("unknown", "c")}]}}'.encode(), "x")
 
 
-@pytest.mark.parametrize("raw", [b"", b"<html>", b'{"manifests":[{}]}', b'{"manifests":3}', b"[]"])
+@pytest.mark.parametrize("raw", [b"", b"<html>", b'{"manifests":[{}]}', b'{"manifests":[{"platform":[1],"digest":"x"}]}', b'{"manifests":3}', b"[]"])
 def test_a_registry_that_talks_nonsense(raw: bytes) -> None:
     if raw == b"[]":
         assert pull.choose(raw, "x") is None  # and the manifest's own parser refuses it

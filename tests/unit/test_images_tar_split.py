@@ -70,7 +70,7 @@ def record_of(tar: bytes) -> bytes:
 
 
 ODD = [
-    archive.File("n" * 300, b"long name"),
+    archive.File("n" * 255, b"long name"),
     archive.File(b"\xff\xfe".decode("utf-8", "surrogateescape"), b"odd name"),
     archive.File("some.wh.thing", b"looks like a whiteout"),
     archive.File(".wh.gone"),

@@ -10,6 +10,7 @@ A layer is untrusted input: its names only ever become places in a tree in memor
 import io
 import posixpath
 import stat
+import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ RESERVED = b".wh..wh."  # other marks of old storage drivers; not files
 OPAQUE_XATTR = b"trusted.overlay.opaque"
 XATTR_HEADER = "SCHILY.xattr."
 MOST_SYMLINKS = 40  # as in Linux
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes (<linux/limits.h>)
+LATEST = 1 << 63  # seconds
 BUFFER = 1 << 16  # bytes; tarfile copies what is left of it at every read
 
 Read = Callable[[int], bytes]
@@ -83,6 +86,8 @@ class Layer:
     def _write(self, member: tarfile.TarInfo, content: Read | None) -> Node:
         if member.issym():
             link = Symlink(stat.S_IFLNK, target=_bytes(member.linkname))
+            if len(link.target) > LONGEST_PATH:
+                raise ValueError(f"the symbolic link {member.name} is too long")
             _set_attributes(link, member)
             self.writer.add_bytes(link, link.target)
             return link
@@ -187,7 +192,7 @@ def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> tu
                     recorder.end()
         while source.read(BUFFER):
             recorder.flush()
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, struct.error, RecursionError) as error:
         raise ImageError(f"A layer of the image is damaged: {str(error) or 'it ends too early'}.") from error
     return layer.root, recorder.finish()
 
@@ -212,8 +217,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _parts(name: str) -> list[bytes]:
-    """The components of a name, which cannot leave the root: ``../x`` is ``x``."""
-    return [part for part in posixpath.normpath("/" + name).encode("utf-8", "surrogateescape").split(b"/") if part]
+    """The components of a name, which cannot leave the root: ``../x`` is ``x``; raises ValueError for what Linux cannot name."""
+    whole = _bytes(posixpath.normpath("/" + name))
+    parts = [part for part in whole.split(b"/") if part]
+    if len(whole) > LONGEST_PATH or b"\0" in whole or any(len(part.removeprefix(WHITEOUT)) > LONGEST_NAME for part in parts):
+        raise ValueError(f"{name[:80]!r}... cannot name a file")
+    return parts
 
 
 def _bytes(text: str) -> bytes:
@@ -240,6 +249,9 @@ def _mtime_ns(member: tarfile.TarInfo) -> int:
     """The modification time; a pax header has it exactly, where ``member.mtime`` is a float."""
     text = member.pax_headers.get("mtime")
     try:
-        return int(Decimal(text) * 10**9) if text else int(member.mtime) * 10**9
+        exact = Decimal(text) if text else Decimal(member.mtime)
+        if not abs(exact) < LATEST:  # and as an integer it could be of a million digits
+            raise ValueError(f"{member.name} was changed at {exact}")
+        return int(exact * 10**9)
     except InvalidOperation:
         return int(member.mtime) * 10**9

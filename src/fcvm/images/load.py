@@ -16,6 +16,8 @@ from fcvm.storage.layout import Layout
 if TYPE_CHECKING:
     from fcvm.setup.progress import Progress
 
+MOST = 64 << 20  # bytes of a list of images
+
 # Where the OCI layout, containers/image and Docker put an image's name among the annotations of an index.
 NAME_ANNOTATIONS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
@@ -152,8 +154,11 @@ def _document(path: Path, name: str) -> Any:
             for member in tar:
                 if os.path.normpath(member.name) == name:
                     content: IO[bytes] | None = tar.extractfile(member)
-                    return json.loads(content.read() if content else b"")
-    except (*UNREADABLE, OSError, ValueError, RecursionError) as error:
+                    text = content.read(MOST + 1) if content else b""
+                    if len(text) > MOST:
+                        raise ValueError(f"{name} is too long")
+                    return json.loads(text)
+    except (*UNREADABLE, OSError, ValueError) as error:
         raise _no_image(path) from error
     raise _no_image(path)
 

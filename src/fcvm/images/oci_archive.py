@@ -17,7 +17,7 @@ from fcvm.errors import ImageError
 from fcvm.images.reference import Reference
 
 # What Python says of a tar that is damaged; bz2 says it by an OSError without a number.
-UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
+UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RecursionError)
 
 FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
 

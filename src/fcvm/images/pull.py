@@ -59,7 +59,7 @@ def choose(raw: bytes, name: str) -> str | None:
         if "manifests" not in document:
             return None
         ours = skopeo.architecture()
-        entries = [(entry.get("platform") or {}, str(entry["digest"])) for entry in document["manifests"]]
+        entries = [(dict(entry.get("platform") or {}), str(entry["digest"])) for entry in document["manifests"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(
             f"The registry delivers no manifest for {name}.", hint="FCVM_LOG=debug shows the command"

@@ -64,7 +64,8 @@ def load(env: Mapping[str, str] = os.environ) -> Registries:
     search: tuple[str, ...] = ()
     for path in _files(env):
         values = _read(path)
-        aliases |= {k: v for k, v in values.get("aliases", {}).items() if isinstance(v, str)}
+        if isinstance(values.get("aliases"), dict):
+            aliases |= {k: v for k, v in values["aliases"].items() if isinstance(v, str)}
         if isinstance(values.get("unqualified-search-registries"), list):
             search = tuple(str(registry) for registry in values["unqualified-search-registries"])
     return Registries(aliases, search)

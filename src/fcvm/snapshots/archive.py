@@ -104,7 +104,7 @@ def _unpack(stream: IO[bytes], path: Path, directory: Path) -> None:
                     _copy(content, directory / member.name, member.size)
                 except OSError as error:
                     raise store.write_error(error, directory) from error
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise _not_ours(path, f"it is damaged, or something else ({error})") from error
 
 
