@@ -403,6 +403,18 @@ def test_hang_up(place: Place) -> None:
     assert (result[0].code, bytes(output.stdout)) == (9, b"ready\nbye\n")
 
 
+def test_a_signal_after_the_end_is_written_nowhere(place: Place, tmp_path: Path) -> None:
+    client = Client(place.connect, shell("exit 3"), stdin=None, on_output=Collector())
+    wake = client._wake
+    assert client.run().code == 3
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+    os.dup2(other, wake)
+    client.signal(signal.SIGTERM)
+    for fd in {other, wake}:
+        os.close(fd)
+    assert (tmp_path / "other").read_bytes() == b""
+
+
 def test_an_adopted_session_waits_for_its_client_and_goes_on_with_the_next(place: Place) -> None:
     """What a clone's supervisor does: it was never told what the source's had seen."""
     request = session_request(["/bin/sh", "-c", "echo one; read x; echo two; exit 6"], stdin=True)

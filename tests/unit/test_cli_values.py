@@ -3,6 +3,7 @@
 import pytest
 
 from fcvm.cli import values
+from fcvm.cli.ls import table
 from fcvm.errors import NotFoundError, UsageError
 
 
@@ -70,3 +71,7 @@ def test_words() -> None:
     assert values.words("nginx -g 'daemon off;'", "--cmd") == ["nginx", "-g", "daemon off;"]
     with pytest.raises(UsageError, match="--cmd"):
         values.words("echo 'open", "--cmd")
+
+
+def test_a_table_holds_no_commands_for_the_terminal() -> None:
+    assert table([("NAME", "HEALTH"), ("vm", "\x1b[2Jwell\n"), ("größer", "-")]) == "NAME    HEALTH\nvm      ?[2Jwell?\ngrößer  -"

@@ -1,6 +1,7 @@
 """QEMU's command line and monitor; the monitor is a real QEMU's, with no machine in it."""
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -207,6 +208,29 @@ def test_a_dead_qemu_is_an_error() -> None:
     with pytest.raises(MachineError, match="ended"):
         monitor.execute("query-status")
     monitor.close()
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next_ones() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, theirs.makefile("r") as lines:
+
+        def say(**message: object) -> None:
+            theirs.sendall(json.dumps(message).encode() + b"\n")
+
+        def answer(value: object) -> None:
+            asked = json.loads(lines.readline())
+            say(**{"return": value}, **({"id": asked["id"]} if "id" in asked else {}))
+
+        monitor = Monitor(ours, timeout=0.2)
+        say(QMP={})
+        say(**{"return": {}}, id=1)
+        with pytest.raises(MachineError, match="does not answer"):
+            monitor.execute("query-status")
+        answer({})  # qmp_capabilities
+        answer("late")
+        say(**{"return": "now"}, id=3)
+        assert monitor.execute("query-name") == "now"
+        monitor.close()
 
 
 def test_the_machine_starts_its_cpus_by_itself_and_vms_do_not() -> None:

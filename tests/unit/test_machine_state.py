@@ -1,18 +1,24 @@
 """What a machine says about itself, who may start it, and paths of the host."""
 
+import errno
 import fcntl
+import json
 import os
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from fcvm import config as settings
 from fcvm import hostpath
-from fcvm.errors import HostError, UsageError
+from fcvm.errors import HostError, MachineError, UsageError
 from fcvm.machine import keeper, state
-from fcvm.machine.keeper import Job
+from fcvm.machine.keeper import Job, Keeper
 from fcvm.machine.machine import Machine, boot_key, memory
 from fcvm.machine.state import Places, State
+from fcvm.network.ports import reserve
+from fcvm.network.publish import Publish
 from fcvm.setup.assets import Assets
 from fcvm.storage.layout import Layout
 
@@ -152,3 +158,87 @@ def test_the_logs_of_the_run_before_are_kept(places: Places) -> None:
         places.keep_previous()
     assert not places.console.exists()
     assert state.previous(places.console).read_text() == "third"
+
+
+def test_a_look_at_the_lock_does_not_keep_a_keeper_from_it(places: Places) -> None:
+    look = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(look, fcntl.LOCK_SH)  # as state.alive() does, for a moment
+    threading.Timer(0.2, os.close, (look,)).start()
+    lock = keeper.own(places)
+    assert state.alive(places)
+    os.close(lock)
+
+
+def test_a_second_keeper_gives_up(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "LOCK_TIME", 0.1)
+    fd = hold(places.lock)
+    with pytest.raises(BlockingIOError):
+        keeper.own(places)
+    os.close(fd)
+
+
+@pytest.fixture
+def kept(places: Places) -> Keeper:
+    return Keeper(Job(places.base, 1, 1024, 1024, Path("/k"), Path("/i"), Path("/r"), "", "key", -1, -1), places)
+
+
+def test_a_full_disk_does_not_keep_the_machine_from_a_proper_end(kept: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopped(_: object) -> None:
+        monkeypatch.setattr(state, "write", full)
+        monkeypatch.setattr(keeper, "print", full, raising=False)
+        raise keeper.Stop
+
+    shut_down: list[bool] = []
+    monkeypatch.setattr(kept, "_start", stopped)
+    monkeypatch.setattr(kept, "_shut_down", lambda: shut_down.append(True))
+    assert kept.run() == 0
+    assert shut_down == [True]
+
+
+class NoPorts:
+    """QEMU does not answer."""
+
+    def publish(self, number: int, wanted: Publish) -> int:
+        (reservation,) = reserve([wanted])
+        reservation.close()
+        raise MachineError("QEMU does not answer.")
+
+    def withdraw(self, number: int) -> None:
+        raise MachineError("QEMU does not answer.")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"type": "publish", "protocol": "tcp", "host_ip": "127.0.0.1", "host_port": 70000, "port": 1},
+        {"type": "publish", "protocol": "sctp", "host_ip": "127.0.0.1", "host_port": 0, "port": 1},
+        {"type": "publish", "protocol": "tcp", "host_ip": "a\0b", "host_port": 0, "port": 1},
+        {"type": "publish", "protocol": "tcp", "host_ip": "127.0.0.1", "host_port": 0},
+        {"type": "publish", "protocol": "tcp", "host_ip": "127.0.0.1", "host_port": 0, "port": 1},
+    ],
+)
+def test_what_cannot_be_published_is_answered_and_the_machine_goes_on(kept: Keeper, request_: dict[str, object]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        kept._control, kept._ports = ours, NoPorts()  # type: ignore[assignment]
+        kept._on_message({"id": 7, **request_})
+        answer = json.loads(theirs.recv(4096))
+        assert answer["id"] == 7
+        assert answer["error"]
+        kept._on_message({"type": "unpublish", "id": 7})
+
+
+def test_a_machine_is_not_removed_while_it_is_being_started(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    places.disk.touch()
+    machine = Machine(settings.load({"base_dir": str(places.base)}, env={}), Layout(places.base))
+    starting = hold(places.starting)
+    thread = threading.Thread(target=machine.remove, daemon=True)
+    thread.start()
+    thread.join(0.3)
+    assert places.disk.exists()
+    os.close(starting)
+    thread.join(20)
+    assert not places.directory.exists()

@@ -101,6 +101,39 @@ def test_assets_are_copied_once(sources: Path, tmp_path: Path) -> None:
     assert run_receiver(tmp_path / "code/x", [[str(source), str(target)]], tmp_path / "assets") == ""
 
 
+def test_half_of_the_code_is_not_taken_for_all_of_it(sources: Path, tmp_path: Path) -> None:
+    """The command that sends it was killed."""
+    work = {"code": str(tmp_path / "code/x"), "files": [], "assets": str(tmp_path / "assets"), "content": "{}"}
+    program = Path(receive.__file__).read_text()
+    done = subprocess.run(
+        [sys.executable, "-ISE", "-c", program, json.dumps(work)], input=sync.pack_code()[:-5], capture_output=True, check=False
+    )
+    assert done.returncode != 0
+    assert b"Traceback" not in done.stderr
+    assert not (tmp_path / "code/x").exists()
+    run_receiver(tmp_path / "code/x", [], tmp_path / "assets")
+    assert [path.name for path in (tmp_path / "code").iterdir()] == ["x"]
+
+
+def test_who_copies_at_the_same_time_does_not_write_to_our_file(tmp_path: Path) -> None:
+    """The command that asked for it was killed, and what it started here has not heard of that yet."""
+    target = tmp_path / "machine/root.img"
+    os.mkfifo(tmp_path / "slow")
+    program = Path(receive.__file__).read_text()
+    script = f"{program.replace('if __name__', 'if 0 and __name__')}\ncopy_file(*sys.argv[1:])"
+    other = subprocess.Popen([sys.executable, "-ISE", "-c", script, str(tmp_path / "slow"), str(target)], stderr=subprocess.PIPE)
+    with open(tmp_path / "slow", "wb", buffering=0) as half:
+        half.write(b"half of it")
+        while not list(tmp_path.glob("machine/*")):
+            pass
+        (tmp_path / "whole").write_bytes(b"the whole file")
+        receive.copy_file(str(tmp_path / "whole"), str(target))
+        assert target.read_bytes() == b"the whole file"
+    other.communicate()
+    assert target.read_bytes() == b"the whole file"
+    assert [path.name for path in target.parent.iterdir()] == ["root.img"]
+
+
 def test_plan_names_assets_by_their_place_in_the_data_directory(sources: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     elsewhere = tmp_path / "usr/bin/firecracker"

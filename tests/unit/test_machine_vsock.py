@@ -1,5 +1,6 @@
 """The virtio-vsock device, with this test as the guest's kernel: real queues, real Unix sockets."""
 
+import errno
 import os
 import socket
 import struct
@@ -304,3 +305,20 @@ def test_a_reset_device_ends_its_connections(world: World) -> None:
         guest.accept()
         guest.rx_qemu.send(11, struct.pack("<II", vsock.RX, 0), reply=True)  # GET_VRING_BASE
         assert client.recv(10) == b""
+
+
+def test_without_descriptors_clients_wait_and_the_device_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = world.boot()
+    left = 3
+    accept = socket.socket.accept
+
+    def none_left(self: socket.socket) -> object:
+        nonlocal left
+        if left:
+            left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", none_left)
+    with world.connect():
+        guest.accept()

@@ -349,3 +349,20 @@ def test_a_failed_build_tells_network_trouble_from_others(settings: Config) -> N
     assert "dpkg --install failed" in other.message
     silent = guest.explain(["mmdebstrap"], -9, b"", settings)
     assert "SIGKILL" in silent.message
+
+
+def test_what_two_builds_give_at_once_is_published_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, destination = tmp_path / "built", tmp_path / "kernels"
+    built.mkdir()
+    (built / "vmlinux").write_text("mine")
+    rename = os.rename
+
+    def too_late(source: Path, target: Path) -> None:
+        destination.mkdir()
+        (destination / "vmlinux").write_text("theirs")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    workspace.publish(built, destination)
+    assert (destination / "vmlinux").read_text() == "theirs"
+    assert not built.exists()

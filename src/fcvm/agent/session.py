@@ -144,7 +144,7 @@ class Client:
             self._printing = False
             self._before_printing()
         else:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.eventfd_write(self._wake, 1)
 
     def _before_printing(self) -> None:
@@ -196,7 +196,8 @@ class Client:
             raise
         finally:
             self._channel.detach()
-            os.close(self._wake)
+            wake, self._wake = self._wake, -1  # a late signal is not to be written to what gets this number next
+            os.close(wake)
             if self._resets is not None:
                 self._resets.close()
 

@@ -80,7 +80,11 @@ def age(seconds: float) -> str:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows in aligned columns, two spaces apart. By hand: importing rich costs twice what a whole `ls` may."""
+    """Rows in aligned columns, two spaces apart. By hand: importing rich costs twice what a whole `ls` may.
+
+    What a terminal would take for a command is shown as ``?``: some of it comes from guests.
+    """
+    rows = [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

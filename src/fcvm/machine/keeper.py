@@ -36,6 +36,7 @@ from fcvm.network.publish import Publish
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
+LOCK_TIME = 10.0  # seconds
 CLOCK_EVERY = 300.0  # seconds between two settings of the machine's clock
 CONSOLE_LINES = 12
 
@@ -82,13 +83,32 @@ def main() -> int:
     if os.fork():  # the starter waits for this process, and is nobody's parent afterwards
         os._exit(0)
     places = Places.of(job.base)
-    lock = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the starter has looked, and holds the other lock
+    own(places)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)  # shows in the log what every thread is at
     return Keeper(job, places).run()
+
+
+def own(places: Places) -> int:
+    """Take the lock that says that a keeper lives. The starter has looked, and holds the other lock; those who look now have
+    this one for a moment.
+
+    Raises:
+        BlockingIOError: there is another keeper all the same.
+    """
+    lock = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + LOCK_TIME
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(lock)
+                raise
+            time.sleep(0.001)
 
 
 def _stop(_number: int, _frame: object) -> None:
@@ -118,7 +138,8 @@ class Keeper:
                 self._finish_start()
                 self._keep()
             except Stop:
-                self._tell("stopping", "ending processes")
+                with contextlib.suppress(OSError):  # the disk is full
+                    self._tell("stopping", "ending processes")
                 self._shut_down()
             except (FcvmError, OSError, ValueError) as error:
                 self._say(f"error: {error}")
@@ -133,7 +154,8 @@ class Keeper:
             for leftover in self._places.runtime.iterdir():
                 leftover.unlink()
             self._places.runtime.rmdir()
-        state.write(self._places, final)
+        with contextlib.suppress(OSError):  # the disk is full; who looks sees that no keeper lives
+            state.write(self._places, final)
         if final.error:
             self._progress({"error": final.error, "hint": final.hint})
         self._finish_start()
@@ -162,7 +184,8 @@ class Keeper:
 
     @staticmethod
     def _say(text: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     # Starting
 
@@ -281,31 +304,40 @@ class Keeper:
 
     def _keep(self) -> None:
         """Serve the machine until QEMU ends. Raises MachineError: it ended by itself."""
+        poll = select.poll()
+        for fd in (self._control.fileno(), self._qemu_fd):
+            poll.register(fd, select.POLLIN)
+        clock = time.monotonic() + CLOCK_EVERY
         while True:
-            poll = select.poll()
-            for fd in (self._control.fileno(), self._qemu_fd):
-                poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(CLOCK_EVERY * 1000)}
+            ready = {fd for fd, _ in poll.poll(max(0.0, clock - time.monotonic()) * 1000)}
+            if time.monotonic() >= clock:
+                clock = time.monotonic() + CLOCK_EVERY
+                self._set_clock()
             if self._control.fileno() in ready:
                 for message in self._receive(time.monotonic()):
                     self._on_message(message)
             elif self._qemu_fd in ready:
                 raise self._died()
-            else:
-                self._set_clock()
 
     def _on_message(self, message: dict[str, Any]) -> None:
         number = int(message.get("id", 0))
         if message["type"] == "publish":
-            answer: dict[str, Any] = {"type": "published", "id": number}
-            wanted = Publish(message["host_ip"], message["host_port"], message["port"], message["protocol"])
-            try:
-                answer["host_port"] = self._ports.publish(number, wanted)
-            except FcvmError as error:
-                answer |= {"error": error.message, "hint": error.hint}
-            self._send(answer)
+            self._send({"type": "published", "id": number, **self._publish(number, message)})
         elif message["type"] == "unpublish":
-            self._ports.withdraw(number)
+            try:
+                self._ports.withdraw(number)
+            except FcvmError as error:
+                self._say(f"error: a port stays published: {error}")
+
+    def _publish(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
+        """Publish a port; the answer. Any process in the machine may ask."""
+        try:
+            wanted = Publish(message["host_ip"], message["host_port"], message["port"], message["protocol"])
+            return {"host_port": self._ports.publish(number, wanted)}
+        except FcvmError as error:
+            return {"error": error.message, "hint": error.hint}
+        except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+            return {"error": f"The port cannot be published: {error!r}.", "hint": None}
 
     def _set_clock(self) -> None:
         self._send({"type": "time", "seconds": time.time()})

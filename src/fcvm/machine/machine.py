@@ -72,7 +72,6 @@ class Machine(Struct):
 
     def _start(self, assets: Assets, step: Step) -> None:
         places = self.places
-        places.make()
         with _starting(places, step) as starting_fd:
             before = state.read(places)
             if before.phase == "running":  # another command was faster
@@ -139,12 +138,15 @@ class Machine(Struct):
 
     def remove(self) -> None:
         """Stop it and remove its disk and whatever else is left of it."""
+        if not self.places.directory.exists():
+            return
         self.stop()
-        _remove_leftovers(self.places)
-        if self.places.directory.exists():
+        with _starting(self.places):
+            self.stop()  # what was started in between
+            _remove_leftovers(self.places)
             shutil.rmtree(self.places.directory)
-        with contextlib.suppress(OSError):
-            self.places.runtime.rmdir()
+            with contextlib.suppress(OSError):
+                self.places.runtime.rmdir()
 
 
 def memory(config: Config) -> int:
@@ -163,18 +165,24 @@ def boot_key(config: Config, assets: Assets) -> str:
 
 
 @contextlib.contextmanager
-def _starting(places: Places, step: Step) -> Iterator[int]:
-    """Hold the lock under which machines are started; yields its descriptor, which the keeper inherits and unlocks."""
-    fd = os.open(places.starting, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+def _starting(places: Places, step: Step | None = None) -> Iterator[int]:
+    """Hold the lock under which machines are started and removed; yields its descriptor, which the keeper inherits and unlocks."""
+    while True:
+        places.make()  # again: it may have been removed while we waited
+        fd = os.open(places.starting, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            step.note("being started by another command")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if step is not None:
+                    step.note("being started by another command")
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not os.fstat(fd).st_nlink:
+                continue
+            yield fd
+            return
+        finally:
+            os.close(fd)
 
 
 def _wait_for_end(places: Places, now: State, number: signal.Signals | None = None) -> None:
@@ -186,7 +194,7 @@ def _wait_for_end(places: Places, now: State, number: signal.Signals | None = No
     except ProcessLookupError:
         return
     try:
-        if number is not None and state.alive(places):
+        if number is not None and state.read(places).pid == now.pid:  # else it has ended, and the number is another's
             signal.pidfd_send_signal(keeper, number)
         if not select.select([keeper], [], [], STOP_TIME + 20)[0]:
             raise MachineError(f"The machine's keeper (process {now.pid}) does not end.", hint=f"kill -9 {now.pid}")

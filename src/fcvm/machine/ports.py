@@ -62,17 +62,22 @@ class Ports:
             ip, port = LOOPBACK, 0
         else:
             ip, port = publish.host_ip, publish.host_port
+        loop = self._running() if ours else None
         port = self._monitor.forward(publish.protocol, ip, port, ADDRESS, publish.guest_port)
         for held in ours:
-            relay.start(self._running(), held, [relay.target(ip or LOOPBACK, port)])
+            assert loop is not None
+            relay.start(loop, held, [relay.target(ip or LOOPBACK, port)])
         return _Published((publish.protocol, ip, port), ours)
 
     def withdraw(self, number: int) -> None:
-        """Take a port back, if it is published; connections that are open stay."""
+        """Take a port back, if it is published; connections that are open stay.
+
+        Raises:
+            MachineError: QEMU does not answer; its listener stays.
+        """
         published = self._published.pop(number, None)
         if published is None:
             return
-        self._monitor.cancel(*published.forward)
         if published.sockets:
             loop, dropped = self._running(), threading.Event()
 
@@ -83,6 +88,7 @@ class Ports:
 
             loop.call(drop)
             dropped.wait()  # the port may be published again at once
+        self._monitor.cancel(*published.forward)
 
     def close(self) -> None:
         """End the relays; QEMU's listeners end with it."""

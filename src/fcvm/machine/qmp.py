@@ -1,6 +1,7 @@
 """QEMU's machine protocol over a connected socket: one JSON object a line, each way.
 
-Commands and answers: QEMU's ``docs/interop/qemu-qmp-ref``. Events that arrive between are dropped.
+Commands and answers: QEMU's ``docs/interop/qemu-qmp-ref``. Events and late answers that arrive between are
+dropped.
 """
 
 import json
@@ -17,39 +18,43 @@ class Monitor:
     def __init__(self, sock: socket.socket, *, timeout: float = 30.0) -> None:
         self._sock = sock
         self._sock.settimeout(timeout)
-        self._file = sock.makefile("rb")
+        self._buffer = b""
         self._ready = False
+        self._id = 0  # of the last command: an answer to one before it comes too late
 
     def close(self) -> None:
-        self._file.close()
         self._sock.close()
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run one command and return what it returns. Raises MachineError: QEMU refused, is gone or does not answer."""
         if not self._ready:
-            self._answer()  # the greeting
+            while "QMP" not in self._message():  # the greeting
+                pass
             self._ready = True
             self.execute("qmp_capabilities")
+        self._id += 1
+        request = {"execute": command, "arguments": arguments, "id": self._id}
         try:
-            self._sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            self._sock.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
             raise MachineError(f"QEMU does not answer: {error}.") from error
-        answer = self._answer()
+        while (answer := self._message()).get("id") != self._id:
+            pass
         if "error" in answer:
             raise MachineError(f"QEMU refused {command}: {answer['error'].get('desc')}.")
         return answer.get("return")
 
-    def _answer(self) -> dict[str, Any]:
-        while True:
+    def _message(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
             try:
-                line = self._file.readline()
+                data = self._sock.recv(65536)
             except OSError as error:
                 raise MachineError(f"QEMU does not answer: {error}.") from error
-            if not line:
+            if not data:
                 raise MachineError("QEMU has ended.")
-            message = json.loads(line)
-            if "event" not in message:
-                return dict(message)
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return dict(json.loads(line))
 
     def _human(self, line: str) -> str:
         return str(self.execute("human-monitor-command", **{"command-line": line})).strip()

@@ -9,6 +9,7 @@ import os
 import sys
 
 BLOCK = 4 << 20
+CUT_OFF = "the code ended too soon"
 
 
 def main(text: str) -> None:
@@ -29,14 +30,18 @@ def receive_code(target: str) -> None:
 
     The compiled modules of the directory before it are linked in: Python takes those whose source has not changed.
     """
-    files = json.loads(sys.stdin.buffer.readline())
+    line = sys.stdin.buffer.readline()
+    files = json.loads(line) if line.endswith(b"\n") else sys.exit(CUT_OFF)
     older = previous(os.path.dirname(target))
-    temporary = f"{target}.creating-{os.getpid()}"
+    temporary = own_name(target)
     for name, size, modified in files:
         path = f"{temporary}/{name}"
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        data = sys.stdin.buffer.read(size)
+        if len(data) < size:
+            sys.exit(CUT_OFF)
         with open(path, "wb") as file:
-            file.write(sys.stdin.buffer.read(size))
+            file.write(data)
         os.utime(path, ns=(modified, modified))
     for directory, _, names in os.walk(older):
         if directory.endswith("__pycache__"):
@@ -48,7 +53,21 @@ def receive_code(target: str) -> None:
     try:
         os.rename(temporary, target)
     except OSError:  # another process was faster
-        os.system(f"rm -rf {temporary}")
+        remove(temporary)
+
+
+def own_name(target: str) -> str:
+    """A temporary name for ``target``, of ours alone. What is left under such names is removed."""
+    directory, name = os.path.split(target)
+    for entry in os.scandir(directory):
+        if entry.name.startswith(f"{name}.creating"):
+            remove(entry.path)
+    return f"{target}.creating-{os.getpid()}"
+
+
+def remove(path: str) -> None:
+    """Remove a file or directory."""
+    os.spawnvp(os.P_WAIT, "rm", ["rm", "-rf", path])
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -73,13 +92,14 @@ def copy_file(source: str, target: str) -> None:
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     name = os.path.basename(target)
-    with open(source, "rb") as reading, open(target + ".creating", "wb") as writing:
+    temporary = own_name(target)
+    with open(source, "rb") as reading, open(temporary, "wb") as writing:
         status = os.fstat(reading.fileno())
         while data := reading.read(BLOCK):
             writing.write(data)
             print(f"{name} {writing.tell() >> 20} of {status.st_size >> 20} MiB", flush=True)
-    os.chmod(target + ".creating", status.st_mode & 0o777)
-    os.replace(target + ".creating", target)
+    os.chmod(temporary, status.st_mode & 0o777)
+    os.replace(temporary, target)
 
 
 if __name__ == "__main__":

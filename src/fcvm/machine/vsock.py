@@ -5,9 +5,11 @@ OpenSSH, whose ciphers an emulated CPU computes, it costs next to nothing, and f
 flow control: Virtual I/O Device specification 1.2, section 5.10. Only connections from the host to the machine exist.
 """
 
+import errno
 import select
 import socket
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -29,6 +31,7 @@ SHUTDOWN_RECEIVE, SHUTDOWN_SEND = 1, 2
 BUFFER = 1 << 20  # bytes that the guest may send before we have passed them on
 UPDATE_AFTER = BUFFER // 4
 FIRST_PORT = 1 << 20
+NO_FILES_PAUSE = 0.01  # seconds
 
 
 @dataclass(slots=True)
@@ -81,6 +84,11 @@ class Vsock:
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            time.sleep(NO_FILES_PAUSE)  # no descriptor is left: clients wait, and the machine goes on
             return
         sock.setblocking(False)
         self._next = self._next + 1 if self._next < 0xFFFFFFF0 else FIRST_PORT

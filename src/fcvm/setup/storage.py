@@ -83,7 +83,7 @@ def ensure(base: Path, size_mib: int, progress: Progress) -> Storage:
     if not wanted or os.geteuid() != 0:
         return before
     with progress.step("Storage") as step, locked(base.with_name(f".{base.name}.lock")):
-        if examine(base).kind == "copies":
+        if examine(base).kind == "copies" and needs_loopback(base):  # still: others may have used it meanwhile
             if not image_of(base).exists():
                 create(base, size_mib, step)
             mount(base)

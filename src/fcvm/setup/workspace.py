@@ -78,10 +78,12 @@ def publish(built: Path, destination: Path) -> None:
             path.is_file() and path.stat().st_size > 1 << 20
         ):  # a crash of the host must not leave a name without content
             sync(path)
-    if destination.exists():
-        remove(built)
-    else:
+    try:
         os.rename(built, destination)
+    except OSError:  # it is not empty; another build may have the same result at the same moment
+        if not destination.exists():
+            raise
+        remove(built)
 
 
 def replace(built: Path, destination: Path) -> None:
