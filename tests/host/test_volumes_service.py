@@ -21,8 +21,10 @@ import fuse_support
 import pytest
 from fuse_support import error_of, is_mounted, wait_for
 
+from fcvm.volumes import service
 from fcvm.volumes.server import watchable
 from fcvm.volumes.service import JOURNALS, LOG, Volumes
+from fcvm.volumes.spec import Volume
 from fuse_pipe import linux
 
 OWNER = """
@@ -252,6 +254,18 @@ def test_kill_9_of_the_owner_leaves_no_process(base: Path) -> None:
         owner.process.kill()
         assert select.select([pidfd], [], [], 60)[0]
         os.close(pidfd)
+
+
+def test_a_server_that_does_not_answer_is_replaced(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "SAVE_TIME", 20.0)
+    (base / "stuck").mkdir()
+    volumes = Volumes([Volume(str(base / "host"), "/data")], base / "stuck" / "vsock.sock")
+    try:
+        assert [state["sessions"] for state in volumes.save()] == [[]]
+        volumes._process.send_signal(signal.SIGSTOP)
+        assert [state["sessions"] for state in volumes.save()] == [[]]
+    finally:
+        volumes.close()
 
 
 def test_without_volumes_there_is_no_process(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Forwarded commands as forks of a warm interpreter: the machine's launcher, run here."""
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -17,6 +18,7 @@ from fc_agent import machine_commands
 from fc_agent.machine_commands import Commands
 from fc_agent.session import Server
 from fcvm.agent.session import Client, Exit, Request, stream
+from fcvm.machine import zygote
 
 SOURCES = Path(__file__).parents[2] / "src"
 
@@ -245,3 +247,19 @@ def test_other_targets_are_programs(place: Place) -> None:
     with contextlib.ExitStack():
         assert stream(place.connect, request, stdin=None, on_output=lambda n, d: out.append(d)).code == 0
     assert b"".join(out) == b"hello\n"
+
+
+def test_no_room_for_a_process_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([OSError(errno.EAGAIN, "no"), OSError(errno.ENOMEM, "no"), 77, *[OSError(errno.EAGAIN, "no")] * 99])
+
+    def fork() -> int:
+        result = next(results)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    monkeypatch.setattr(zygote, "FORK_PAUSE", 0)
+    monkeypatch.setattr(os, "fork", fork)
+    assert zygote.fork() == 77
+    with pytest.raises(OSError, match="no"):
+        zygote.fork()

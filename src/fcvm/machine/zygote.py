@@ -17,6 +17,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 _libc = ctypes.CDLL(None)
 _LENGTH = struct.Struct(">I")
+FORKS, FORK_PAUSE = 50, 0.1  # attempts, and seconds between two
 LEARN_MOST = 65536  # bytes of module names: what a pipe holds; a name cut in two is none
 
 # What nearly every command needs; the rest comes by experience.
@@ -65,7 +67,7 @@ def _request(sock: socket.socket, known: set[str]) -> tuple[int, int, int] | Non
         return None
     message = json.loads(sock.recv(_LENGTH.unpack(header)[0], socket.MSG_WAITALL))
     learn_read, learn_write = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         sock.close()
         os.close(learn_read)
@@ -76,6 +78,20 @@ def _request(sock: socket.socket, known: set[str]) -> tuple[int, int, int] | Non
         os.close(fd)
     sock.sendall(_LENGTH.pack(pid))
     return pid, fds[3], learn_read
+
+
+def fork() -> int:
+    """fork(2), again for a while where there is no room for a process: to fail would be the end of every command.
+
+    Raises:
+        OSError: there still is none.
+    """
+    for _ in range(FORKS - 1):
+        try:
+            return os.fork()
+        except OSError:
+            time.sleep(FORK_PAUSE)
+    return os.fork()
 
 
 def _reap(pidfd: int, pid: int, status: int, learn: int) -> set[str]:

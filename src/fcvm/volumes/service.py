@@ -88,13 +88,16 @@ class Volumes:
                     control = self._control
                 if control is None:
                     break
-                control.settimeout(left)
+                control.settimeout(left / 2)
                 with contextlib.suppress(OSError, ValueError):
                     return _ask(control)
-                with contextlib.suppress(OSError):  # it has ended, or is stuck and shall: ask the next one
-                    control.shutdown(socket.SHUT_RDWR)
-                with self._changed:
-                    self._changed.wait_for(lambda control=control: self._control is not control, left)  # type: ignore[misc]
+                with self._changed:  # it has ended, or is stuck and shall: ask the next one
+                    if self._control is control and self._process is not None:
+                        self._process.kill()
+                    self._changed.wait_for(
+                        lambda control=control: self._control is not control,  # type: ignore[misc]
+                        max(0.0, end - time.monotonic()),
+                    )
         raise SnapshotError("The server of the VM's volumes does not answer.", hint="try again")
 
     def restart(self) -> None:
