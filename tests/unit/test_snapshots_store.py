@@ -348,6 +348,12 @@ def test_a_snapshot_of_a_vm_of_another_kind_is_refused(layout: Layout, spec: dic
         clone.spec_of(store.find(layout, "strange"), name="x")
 
 
+def test_a_snapshot_of_a_time_that_no_calendar_has_is_damaged(layout: Layout) -> None:
+    make(layout, "strange", created_at=1e300)
+    with pytest.raises(SnapshotError, match="created_at"):
+        store.find(layout, "strange")
+
+
 def test_a_server_of_a_snapshot_that_does_not_fit_this_host_does_not_start(layout: Layout) -> None:
     make(layout, "strange", host=structs.replace(manifest.this_host(), vendor="x86_64 Elsewhere"))
     assets = SimpleNamespace(firecracker_version="1.12.1")

@@ -212,3 +212,20 @@ def test_a_vm_that_cannot_be_entered_leaves_nothing(layout: Layout, monkeypatch:
         state.register(layout, record())
     assert left(layout) == []
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("also", [{"id": "VICTIM"}, {"id": "ffffffffffff"}, {"created_at": 1e300}, {"created_at": -1e18}])
+def test_a_damaged_record_names_no_other_vm_and_no_other_time(tmp_path: Path, also: dict[str, object]) -> None:
+    """Its id names what is removed."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    layout = Layout(tmp_path / "data")
+    entry = state.register(layout, record("x", status="running"))
+    vm_id = entry.record.id
+    path = layout.state / f"{vm_id}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **also}).replace("VICTIM", str(victim)))
+    assert list(state.records(layout)) == []
+    os.close(entry.lock)  # it has crashed
+    state.sweep(layout)
+    assert victim.exists()
+    assert left(layout) == []

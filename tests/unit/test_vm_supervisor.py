@@ -144,6 +144,15 @@ def test_the_background_tells_of_a_bug() -> None:
         background.detached("The work", lambda _ready: 1 // 0, hint="look")
 
 
+def test_the_background_tells_of_a_full_disk() -> None:
+    def fill(_ready: object) -> int:
+        raise OSError(28, "No space left on device", "/data/state")
+
+    with pytest.raises(FcvmError, match=r"^/data/state: No space left on device\.$") as caught:
+        background.detached("The work", fill, hint="look")
+    assert caught.value.hint == "look"
+
+
 def test_the_background_tells_of_its_death() -> None:
     with pytest.raises(FcvmError, match="The work died") as caught:
         background.detached("The work", lambda _ready: os._exit(3), hint="look")

@@ -97,6 +97,8 @@ class Manifest(Struct):
             known = set(fields(cls))
             manifest = records.checked(cls, {name: value for name, value in values.items() if name in known})
             _check_disks(manifest.disks)
+            if not records.is_time(manifest.created_at):
+                raise ValueError(f"created_at is {manifest.created_at!r}")
             return manifest
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(

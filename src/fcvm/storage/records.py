@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     S = TypeVar("S", bound=Struct)
 
+LATEST = 253402300799  # 9999-12-31T23:59:59Z
+
 # How fields are annotated -> what JSON has there. What is not listed may be anything.
 KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict, "Mapping": dict, "None": type(None),
@@ -50,6 +52,11 @@ def checked(kind: type[S], values: dict[str, Any]) -> S:
 def read(kind: type[S], path: str | os.PathLike[str]) -> S:
     """The struct in a file that holds nothing else; raises what ``load`` and ``checked`` do."""
     return checked(kind, load(path))
+
+
+def is_time(seconds: float) -> bool:
+    """Whether a calendar has this time, in seconds since the epoch."""
+    return 0 <= seconds <= LATEST
 
 
 def _fits(value: object, annotation: str) -> bool:

@@ -24,7 +24,8 @@ def detached(what: str, work: Work, *, hint: str) -> int:
     this process yet.
 
     Arguments:
-        what: names the process in the error for its death, which has ``hint``.
+        what: names the process in the error for its death.
+        hint: goes with errors that have none of their own.
 
     Raises:
         FcvmError: what ``work`` raised before it was ready; or the process died.
@@ -33,7 +34,7 @@ def detached(what: str, work: Work, *, hint: str) -> int:
     child = os.fork()
     if child == 0:
         os.close(read)
-        _live(work, write)
+        _live(work, write, hint)
     os.close(write)
     with os.fdopen(read, "rb") as report:
         line = report.read()
@@ -47,7 +48,7 @@ def detached(what: str, work: Work, *, hint: str) -> int:
     return child
 
 
-def _live(work: Work, report: int) -> NoReturn:
+def _live(work: Work, report: int, hint: str) -> NoReturn:
     code = 125
     told = False
 
@@ -70,6 +71,9 @@ def _live(work: Work, report: int) -> NoReturn:
         except FcvmError as error:
             tell(rpc.failure(error))
             code = error.exit_code
+        except OSError as error:  # a full disk, say
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            tell({"error": f"{what}.", "hint": hint, "exit_code": code})
         except Exception:
             import traceback
 

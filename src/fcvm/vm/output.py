@@ -120,7 +120,8 @@ def write_all(fd: int, data: bytes) -> None:
 def write_while(fd: int, data: bytes, peer: socket.socket) -> None:
     """As ``write_all``, but given up with BrokenPipeError when ``peer`` hangs up, or is shut down for reading by us.
 
-    So little is written at a time that a pipe with any space takes it at once (PIPE_BUF, pipe(7)).
+    The descriptor is another's, so it cannot be made non-blocking. A single write can be that to a pipe (since Linux 6.4);
+    elsewhere so little is written at a time that whatever has any space takes it at once (PIPE_BUF, pipe(7)).
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -129,8 +130,11 @@ def write_while(fd: int, data: bytes, peer: socket.socket) -> None:
     while view:
         if any(ready == peer.fileno() for ready, _ in poll.poll()):
             raise BrokenPipeError(errno.EPIPE, "whoever wanted it has gone")
-        with contextlib.suppress(BlockingIOError):
-            view = view[os.write(fd, view[: select.PIPE_BUF]) :]
+        try:
+            view = view[os.pwritev(fd, [view], -1, os.RWF_NOWAIT) :]
+        except OSError:
+            with contextlib.suppress(BlockingIOError):
+                view = view[os.write(fd, view[: select.PIPE_BUF]) :]
 
 
 def read_log(directory: Path) -> Iterator[tuple[int, Stream, bytes]]:

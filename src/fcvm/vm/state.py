@@ -157,7 +157,8 @@ def read(layout: Layout, vm_id: str) -> Record | None:
         record = records_on_disk.checked(Record, {name: values[name] for name in fields(Record) if name in values})
     except (OSError, ValueError):
         return None
-    return record if record.schema == SCHEMA else None
+    sound = record.schema == SCHEMA and record.id == vm_id and records_on_disk.is_time(record.created_at)
+    return record if sound else None
 
 
 def records(layout: Layout) -> Iterator[Record]:
