@@ -329,25 +329,40 @@ def starting(*, fails: bool) -> Iterator[object]:
     yield "Firecracker"
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervisor, kept: bool) -> None:
-    furnished: list[str] = []
+def unusable(vm: Supervisor, other: object, *, at: str) -> object:
+    """A start that fails when its disks are made, or Firecracker is to load it."""
 
-    def disks(of: Supervisor) -> None:
-        assert not list(of.directory.iterdir()), "nothing of the other start is left"
-        furnished.append("disks")
+    def disks(_vm: Supervisor) -> None:
+        for name in ("scratch.img", "memory.base", "vmlinux", "vsock.sock"):
+            (vm.directory / name).touch()
+        if at == "disks":
+            raise NotFoundError("It was pruned meanwhile.")
 
-    other = SimpleNamespace(firecracker=lambda _vm: starting(fails=False), disks=disks)
-    vm._start = SimpleNamespace(  # type: ignore[assignment]
-        firecracker=lambda _vm: starting(fails=True), instead=lambda _layout: other if kept else None
+    return SimpleNamespace(snapshot="warm-1", disks=disks, firecracker=lambda _vm: starting(fails=True), instead=lambda _layout: other)
+
+
+@pytest.mark.parametrize("at", ["disks", "load"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervisor, ours: bool, at: str) -> None:
+    furnished: list[list[str]] = []
+    other = SimpleNamespace(
+        snapshot=None,
+        firecracker=lambda _vm: starting(fails=False),
+        disks=lambda vm: furnished.append(os.listdir(vm.directory)),
     )
     vm.volumes = SimpleNamespace(restart=lambda: None)  # type: ignore[assignment]
     vm.directory.mkdir()
-    for name in ("scratch.img", "memory.base", "vmlinux", "vsock.sock"):
-        (vm.directory / name).touch()
-    if kept:
-        assert vm._firecracker() == "Firecracker"  # type: ignore[comparison-overlap]
-        assert (furnished, vm._start) == (["disks"], other)
+    start = unusable(vm, other if ours else None, at=at)
+
+    def start_it() -> object:
+        vm._furnish(start)  # type: ignore[arg-type]
+        return vm._firecracker()
+
+    if ours:
+        assert start_it() == "Firecracker"
+        assert furnished == [[]], "nothing of the other start is left"
+        assert vm._start is other
+        assert vm.entry.record.snapshot is None
     else:
-        with pytest.raises(SnapshotError, match="cannot be restored"):
-            vm._firecracker()
+        with pytest.raises(FcvmError, match=r"cannot be restored|pruned"):
+            start_it()

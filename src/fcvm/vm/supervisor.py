@@ -199,7 +199,7 @@ class Supervisor:
         self.network.on_refused = lambda ports: self._refusals.look(ports, self.ask)
         self.network.on_answered = lambda ports: self.ask({"op": "reachable", "ports": list(ports)})
         self.timings.mark("network")
-        self._start.disks(self)
+        self._furnish(self._start)
         self.timings.mark("disks")
         log_file, limit = self.directory / output.LOG, self.config.log_size << 20
         prefix = bool(spec.log_prefix) and not spec.tty
@@ -216,17 +216,34 @@ class Supervisor:
         self._start.go(self)
         self._deadline = time.monotonic() + self._start.timeout
 
+    def _furnish(self, start: Start) -> None:
+        """Put the disks of ``start`` into the directory, or those of what is to be started instead."""
+        self._start, self._phase = start, "starting"
+        if start.snapshot != self.entry.record.snapshot:
+            self.entry.update(snapshot=start.snapshot)
+        try:
+            start.disks(self)
+        except (SnapshotError, NotFoundError) as error:
+            self._furnish(self._instead(error))
+
     def _firecracker(self) -> Firecracker:
-        """Firecracker with the start's VM in it, or with that of another start where a snapshot of ours is of no use any more."""
+        """Firecracker with the start's VM in it, or with what is to be started instead."""
         try:
             return self._vmm.enter_context(self._start.firecracker(self))
         except (SnapshotError, NotFoundError) as error:
-            instead = self._start.instead(self.layout)
-            if instead is None:
-                raise
-            log.info(f"starting in another way: {error.message}")
-        self._refurnish(instead)
+            other = self._instead(error)
+        self.volumes.restart()
+        self._furnish(other)
         return self._firecracker()
+
+    def _instead(self, error: FcvmError) -> Start:
+        """What to start where a snapshot of ours is of no use any more; raises ``error`` if it is not one of ours."""
+        other = self._start.instead(self.layout)
+        if other is None:
+            raise error
+        log.info(f"starting in another way: {error.message}")
+        self._unfurnish()
+        return other
 
     def _serve_volumes(self) -> Volumes:
         spec = self.spec
@@ -290,22 +307,21 @@ class Supervisor:
     def _start_again(self, start: Start) -> None:
         """Replace a guest that never said hello: nothing of it was seen by anybody."""
         self._selector.unregister(self.firecracker.pidfd)
-        self._refurnish(start)
+        self._unfurnish()
+        self.volumes.restart()
+        self._furnish(start)
         self.firecracker = self._firecracker()
         self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
         self._start.go(self)
         self._deadline = time.monotonic() + self._start.timeout
 
-    def _refurnish(self, start: Start) -> None:
-        """Have nothing of the guest that was or was to be started, and what ``start`` needs."""
+    def _unfurnish(self) -> None:
+        """Have nothing of the guest that was, or was to be, started."""
         self._vmm.close()
-        self.volumes.restart()
         for path in (*self.directory.glob("*.img"), *self.directory.glob("memory.*")):
             path.unlink()
         for path in (self.directory / KERNEL, self.directory / paths.VSOCK):
             path.unlink(missing_ok=True)
-        self._start, self._phase = start, "starting"
-        start.disks(self)
 
     def _on_firecracker_end(self) -> None:
         self._selector.unregister(self.firecracker.pidfd)
