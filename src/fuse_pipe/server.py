@@ -223,7 +223,8 @@ class Server:
                         if (journal := session.volume.journal) is not None:
                             journal.flush()
                             if journal.outgrown():
-                                threading.Thread(target=rewrite_journal, args=(session,), daemon=True).start()
+                                with contextlib.suppress(RuntimeError):  # no room for a thread: another time
+                                    threading.Thread(target=rewrite_journal, args=(session,), daemon=True).start()
             finally:
                 if replies or channel.number == NOTIFY:
                     channel.send(replies)
@@ -258,7 +259,10 @@ class Server:
             if len(self.connections) >= CONNECTIONS:
                 sock.close()
                 continue
-            threading.Thread(target=self.connection, args=(sock,), name="fuse_pipe connection", daemon=True).start()
+            try:
+                threading.Thread(target=self.connection, args=(sock,), name="fuse_pipe connection", daemon=True).start()
+            except RuntimeError:  # this host has no room for a thread: the relay tries again
+                sock.close()
 
     def close(self) -> None:
         """End every connection and mount."""

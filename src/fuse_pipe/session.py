@@ -268,12 +268,16 @@ class Session:
             crowded = len(self.slow) >= SLOW_MOST
             if not crowded:
                 self.slow[unique] = (channel.number, message)
-        if crowded:
-            channel.send(((_OUT(_OUT_SIZE, -errno.ENOLCK, unique),),))
-            return
-        threading.Thread(
-            target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True
-        ).start()
+        if not crowded:
+            try:
+                threading.Thread(
+                    target=self._run_slow, args=(channel, unique, message), name="fuse_pipe slow", daemon=True
+                ).start()
+                return
+            except RuntimeError:  # this host has no room for a thread
+                with self.lock:
+                    del self.slow[unique]
+        channel.send(((_OUT(_OUT_SIZE, -errno.ENOLCK, unique),),))
 
     def _run_slow(self, channel: Channel, unique: int, message: bytes) -> None:
         waits = _IN(message)[1] == m.SETLKW

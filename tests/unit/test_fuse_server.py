@@ -29,7 +29,7 @@ from fuse_pipe import session as session_module
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.records import set_range
-from fuse_pipe.server import Server
+from fuse_pipe.server import Server, listening
 
 
 def test_create_write_read_and_names(tmp_path: Path) -> None:
@@ -331,6 +331,38 @@ def test_a_wait_that_is_asked_for_twice_takes_one_thread(tmp_path: Path, monkeyp
     server.close()
 
 
+def test_without_room_for_threads_requests_fail_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    path = tmp_path / "socket"
+    with listening(str(path)) as listener:
+        accepting = threading.Thread(target=server.accept, args=(listener,), daemon=True)
+        accepting.start()
+        start = threading.Thread.start
+
+        def none(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", none)
+        assert error_of(c.call, m.FSYNC, node, fh=fh) == "ENOLCK"
+        with socket.socket(socket.AF_UNIX) as refused:
+            refused.settimeout(60)
+            refused.connect(str(path))
+            assert refused.recv(1) == b""
+        monkeypatch.setattr(threading.Thread, "start", start)
+        c.call(m.FSYNC, node, fh=fh)
+        wait_for(lambda: not server.sessions["test"].slow, "the end of the request")
+        assert accepting.is_alive()
+        listener.shutdown(socket.SHUT_RDWR)
+        accepting.join(60)
+    c.close()
+    server.close()
+
+
 def test_a_request_is_in_the_state_until_its_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would answer it in a clone."""
     reached, go = threading.Event(), threading.Event()
@@ -462,7 +494,13 @@ def test_a_full_disk_costs_the_journal_and_no_request(tmp_path: Path, monkeypatc
     room = 100  # bytes at a time
     second = c.create(b"b")
     c.call(m.GETATTR)
-    wait_for(lambda: second[1].to_bytes(8, "little") in (journals / "test.journal").read_bytes(), "a new journal")
+
+    def known() -> bool:
+        replay = Replay()
+        replay.read(Path(shutil.copy(journals / "test.journal", tmp_path / "look")))
+        return second[1] in replay.handles
+
+    wait_for(known, "a new journal")
     c.create(b"c")
     other = Server(str(root), journals=str(shutil.copytree(journals, tmp_path / "copy")))  # as after SIGKILL
     assert other.sessions["test"].volume.handle(first[1]).node.id == first[0]

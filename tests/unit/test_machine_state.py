@@ -242,3 +242,14 @@ def test_a_machine_is_not_removed_while_it_is_being_started(places: Places, monk
     os.close(starting)
     thread.join(20)
     assert not places.directory.exists()
+
+
+def test_a_bug_of_the_keepers_is_the_reason_that_commands_see(
+    kept: Keeper, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: object) -> None:
+        raise KeyError("uptime")
+
+    monkeypatch.setattr(kept, "_start", wrong)
+    assert kept.run() == 1
+    assert "KeyError('uptime')" in state.read(places).error

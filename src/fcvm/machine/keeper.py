@@ -141,8 +141,8 @@ class Keeper:
                 with contextlib.suppress(OSError):  # the disk is full
                     self._tell("stopping", "ending processes")
                 self._shut_down()
-            except (FcvmError, OSError, ValueError) as error:
-                self._say(f"error: {error}")
+            except Exception as error:
+                self._say(f"error: {error}" if isinstance(error, FcvmError) else f"error: {traceback.format_exc()}")
                 hint = getattr(error, "hint", None) or "fcvm machine logs"
                 final = State("broken", pid=os.getpid(), since=time.time(), error=_sentence(error), hint=hint)
         self._end(final)  # QEMU is gone now, so what is said is true
@@ -359,7 +359,7 @@ def _end_process(child: subprocess.Popen[bytes]) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    return error.message if isinstance(error, FcvmError) else f"The machine's keeper failed: {error}."
+    return error.message if isinstance(error, FcvmError) else f"The machine's keeper failed: {error!r}."
 
 
 def make_disk(path: Path, size: int) -> None:
