@@ -257,7 +257,7 @@ def _entrypoint(text: str | None) -> list[str] | None:
 
         try:
             words = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--entrypoint {text!r} is not a JSON array: {error}.", hint=ENTRYPOINT_HINT) from error
         if not all(isinstance(word, str) for word in words):
             raise UsageError(f"--entrypoint {text!r} is not an array of strings.", hint=ENTRYPOINT_HINT)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from fcvm.errors import FcvmError, UsageError
 from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
+MOST = 10_000  # clones in one call
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +144,8 @@ def _prepare_run(args: argparse.Namespace) -> None:
         check_tag(args.snapshot)
     args.fleet = args.count is not None
     args.count = values.number(args.count, "--count", least=1) if args.fleet else 1
+    if args.count > MOST:
+        raise UsageError(f"A fleet has at most {MOST} clones, not {args.count}.", hint=f"--count {MOST}")
     for option, wanted in (("--count", args.fleet), ("--detach", args.detach)):
         if wanted and args.snapshot is not None:
             raise UsageError(f"{option} needs a clone server.", hint=f"fcvm snapshot serve -d {args.snapshot}")
@@ -174,7 +178,7 @@ def distributed(publish: list[str], count: int) -> list[list[str]]:
             for number, share in enumerate(shares):
                 if count == 1 or not colon or port in ("", "0"):
                     share.append(word)
-                elif dash and low.isdecimal() and high.isdecimal() and int(high) - int(low) + 1 == count:
+                elif dash and re.fullmatch("[0-9]{1,5}-[0-9]{1,5}", port) and int(high) - int(low) + 1 == count:
                     share.append(f"{ip}{ip_colon}{int(low) + number}:{guest}")
                 else:
                     raise UsageError(
