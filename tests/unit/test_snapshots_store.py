@@ -1,5 +1,6 @@
 """fcvm.snapshots.store: published whole or not at all, and not removed while in use."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from fc_agent import structs
 from fcvm import config as settings
-from fcvm.errors import ConflictError, NotFoundError, SnapshotError, UsageError
+from fcvm.errors import ConflictError, HostError, NotFoundError, SnapshotError, UsageError
 from fcvm.firecracker.boot import Hardware
 from fcvm.snapshots import manifest, server, store
 from fcvm.snapshots.manifest import Manifest
@@ -373,3 +374,30 @@ def test_one_of_ours_that_cannot_be_restored_is_removed_and_made_again(layout: L
     assert start.instead(layout) == other
     assert store.tags(layout) == []
     assert other.instead(layout) is None
+
+
+def test_a_disk_too_full_to_begin_is_told_as_any_other(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose boot snapshot cannot be taken goes on by this error only."""
+    before = layout.snapshots
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(HostError, match="no space left"), store.creating(layout, "x"):
+        pytest.fail("it begins")
+    monkeypatch.undo()
+    assert list(before.iterdir()) == []
+
+
+def test_one_that_may_not_be_removed_is_told_and_is_no_reason_to_end_a_run(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for number in range(boot_snapshot.KEPT + 1):
+        make(layout, f"it-{number}", created_at=float(number), kind="boot")
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(SnapshotError, match="cannot be removed: Permission denied"):
+        store.remove(layout, "it-0")
+    boot_snapshot.trim(layout, "boot")
+    assert len(store.tags(layout)) == boot_snapshot.KEPT + 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fcvm.agent.control import Control
+from fcvm.errors import AgentError
 from fcvm.vm import freezing
 from fcvm.vm.freezing import Freezing
 
@@ -137,3 +138,19 @@ def test_the_end_of_the_vm_is_not_waited_for(host: Host, capsys: pytest.CaptureF
     with host.freezing.frozen(host.ended):
         pass
     assert capsys.readouterr().err == "", "after the limit it would say that the agent did not answer"
+
+
+def test_a_guest_whose_freezing_has_failed_is_thawed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been frozen in part, or be about to be."""
+
+    def fail() -> None:
+        host.attend()
+        raise AgentError("The guest agent failed.")
+
+    guest = host.guest()
+    monkeypatch.setattr(host.freezing, "_attend", fail)
+    guest.say({"type": "error"})
+    with pytest.raises(AgentError), host.freezing.frozen(host.ended):
+        pytest.fail("it goes on")
+    assert guest.lines.readline() == b'{"type":"freeze"}\n'
+    assert guest.lines.readline() == b'{"type":"thaw"}\n'

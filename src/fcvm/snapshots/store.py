@@ -83,11 +83,14 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
 
     Raises:
         ConflictError: there is one of that name, or it is being made.
-        SnapshotError: the block left out a file.
+        SnapshotError: the block left out a file. HostError: there is no space left.
     """
     path = layout.snapshots / check_tag(tag)
     temporary = layout.snapshots / (tag + CREATING)
-    temporary.mkdir(exist_ok=True)
+    try:
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(error, temporary) from error
     fd = _lock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if fd is None:
         raise ConflictError(f"A snapshot named {tag!r} is being made.", hint="fcvm snapshots")
@@ -169,7 +172,7 @@ def remove(layout: Layout, tag: str) -> int:
     """Remove the snapshot ``tag``; returns the bytes it took.
 
     Raises:
-        NotFoundError: there is none. ConflictError: it is in use.
+        NotFoundError: there is none. ConflictError: it is in use. SnapshotError: it may not be removed.
     """
     path = layout.snapshots / check_tag(tag)
     fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,6 +190,8 @@ def remove(layout: Layout, tag: str) -> int:
         path.rename(gone)
         remove_path(gone)
         return size
+    except OSError as error:
+        raise SnapshotError(f"The snapshot {tag!r} cannot be removed: {error.strerror}.", hint=f"ls -ld {path}") from error
     finally:
         os.close(fd)
 

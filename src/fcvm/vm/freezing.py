@@ -60,8 +60,8 @@ class Freezing:
         if self._is is None:
             yield
             return
-        self._reach(True, ended)
         try:
+            self._reach(True, ended)
             yield
         finally:
             self._reach(False, ended)
