@@ -128,7 +128,7 @@ RECIPES = {
             "StopSignal": "SIGQUIT",  # serve what is under way, then stop
             "Healthcheck": {
                 "Test": ["CMD", "busybox", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1/"],
-                "Interval": 2 * SECOND, "Timeout": 5 * SECOND, "StartPeriod": 30 * SECOND, "Retries": 3,
+                "Interval": 30 * SECOND, "Timeout": 5 * SECOND, "StartPeriod": 30 * SECOND, "Retries": 3,
             },
         },
     ),
@@ -145,7 +145,7 @@ RECIPES = {
             "ExposedPorts": {"6379/tcp": {}},
             "Healthcheck": {
                 "Test": ["CMD", "redis-cli", "ping"],
-                "Interval": 2 * SECOND, "Timeout": 5 * SECOND, "StartPeriod": 30 * SECOND, "Retries": 3,
+                "Interval": 30 * SECOND, "Timeout": 5 * SECOND, "StartPeriod": 30 * SECOND, "Retries": 3,
             },
         },
     ),

@@ -159,6 +159,7 @@ class Agent:
             container.attached.finish(error.code, error.message)
             raise
         self._control.stage("start")
+        self._service.rest()
         with self._lock:
             self._container = container
         started = {"type": "started", "container_id": container.id, "pid": container.pid}

@@ -1,12 +1,15 @@
 """Podman as a service: `podman system service`, its configuration, and its REST API (libpod).
 
 The service is started before anybody knows what shall run, so that a boot snapshot has it warm. It reads the image store
-at ``IMAGES`` whenever it is asked, so the image disk may be mounted later.
+at ``IMAGES`` whenever it is asked, so the image disk may be mounted later. Once the container runs, it stands still between
+requests.
 """
 
 import os
+import signal
 import socket
 import threading
+from contextlib import suppress
 
 from fc_agent import linux
 
@@ -77,6 +80,9 @@ class Service:
         if not os.path.exists("/etc/containers/policy.json"):
             linux.write("/etc/containers/policy.json", POLICY)
         self.path = f"{DIRECTORY}/podman.sock"
+        self._requests = 0  # under way
+        self._resting = False
+        self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(self.path)
         self._listener.listen(16)
@@ -90,12 +96,42 @@ class Service:
         ]
         self._pid = os.posix_spawn("/bin/sh", ["sh", "-c", START], {**os.environ, **ENVIRONMENT}, file_actions=actions, setpgroup=0)
         linux.write(f"/proc/{self._pid}/oom_score_adj", "0")
+        self._pidfd = os.pidfd_open(self._pid)
 
     def _keep(self) -> None:
         while True:
             _, status = os.waitpid(self._pid, 0)
             linux.log(f"podman's service ended ({os.waitstatus_to_exitcode(status)}); it is started again")
-            self._spawn()
+            with self._lock:
+                os.close(self._pidfd)
+                self._spawn()
+
+    def rest(self) -> None:
+        """From now on let it run for requests only, and stop it in between.
+
+        It looks for events of images ten times a second (``libimageEvents``, libpod/events.go), and Go's scheduler wakes up
+        with it: a guest that does nothing woke 70 times a second, and 10 without; emulated, it took 9.5 and 0.9 % of a CPU.
+        """
+        with self._lock:
+            self._resting = True
+            if not self._requests:
+                self._signal(signal.SIGSTOP)
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._requests += 1
+            if self._resting:
+                self._signal(signal.SIGCONT)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._requests -= 1
+            if self._resting and not self._requests:
+                self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it has died: the next one starts
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def request(self, method: str, path: str, body: object = None, *, timeout: float = 300) -> "Any":
         """One request of the libpod API; returns the decoded answer. The first waits until the service has started.
@@ -108,6 +144,7 @@ class Service:
         content = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {API}{path} HTTP/1.0\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         answer = bytearray()
+        self._begin()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
@@ -117,6 +154,8 @@ class Service:
                     answer += data
         except OSError as error:
             raise PodmanError(f"Podman's service does not answer: {error}.") from error
+        finally:
+            self._end()
         top, _, text = bytes(answer).partition(b"\r\n\r\n")
         try:
             status = int(top.split(b" ", 2)[1])
@@ -134,7 +173,6 @@ class Service:
         Raises:
             PodmanError, OSError: it does not run; nothing of it is left.
         """
-        import contextlib
         import shutil
 
         root, name = f"{DIRECTORY}/warm", "fcvm-warm"
@@ -147,7 +185,7 @@ class Service:
             self.request("POST", f"/containers/{identifier}/start")
             self.request("POST", f"/containers/{identifier}/wait?condition=exited")
         finally:
-            with contextlib.suppress(PodmanError):
+            with suppress(PodmanError):
                 self.request("DELETE", f"/containers/{name}?force=true&timeout=0")
             shutil.rmtree(root, ignore_errors=True)
 

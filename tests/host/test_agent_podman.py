@@ -421,6 +421,19 @@ def test_warming_up_leaves_nothing(guest: Guest) -> None:
     assert guest.main()[1] == b"works\n"
 
 
+def test_podman_stands_still_while_nobody_asks(guest: Guest) -> None:
+    """And answers when somebody does: `stop` asks for the image's signal (test_stop_sends_the_images_signal_then_kills)."""
+    guest.plan("sleep", "1000")
+    guest.wait("started")
+    guest.wait("health")  # the image was asked about that
+    status = "grep State /proc/$(busybox pidof podman)/status"
+    deadline = time.monotonic() + 60
+    while b"T (stopped)" not in (state := guest.exec("sh", "-c", status, target="vm")[1]):
+        assert time.monotonic() < deadline, state
+    guest.send({"type": "stop", "timeout": 0})
+    assert guest.wait("exit")["code"] == 137
+
+
 def test_image_health_check(guest: Guest) -> None:
     guest.plan("sh", "-c", "sleep 1; touch /tmp/up; sleep 1000", health=HealthPlan("image"))
     guest.wait("started")
