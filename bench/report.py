@@ -66,7 +66,7 @@ def find(results: dict[str, Results], bench: str, path: tuple[str, ...]) -> Resu
 
 def against(target: float, kept: bool) -> str:
     """A target, and whether it was missed."""
-    return f"{target:g}{'' if kept else ', missed'}"
+    return f"{target:.2g}{'' if kept else ', missed'}"
 
 
 def clones(results: dict[str, Results]) -> str:
