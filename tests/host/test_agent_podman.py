@@ -421,17 +421,33 @@ def test_warming_up_leaves_nothing(guest: Guest) -> None:
     assert guest.main()[1] == b"works\n"
 
 
+PODMAN = "/proc/$(busybox pidof podman)/status"
+
+
+def wait_until_stopped(guest: Guest) -> None:
+    deadline = time.monotonic() + 60
+    while b"T (stopped)" not in (state := guest.exec("sh", "-c", f"grep State {PODMAN}", target="vm")[1]):
+        assert time.monotonic() < deadline, state
+
+
 def test_podman_stands_still_while_nobody_asks(guest: Guest) -> None:
     """And answers when somebody does: `stop` asks for the image's signal (test_stop_sends_the_images_signal_then_kills)."""
     guest.plan("sleep", "1000")
     guest.wait("started")
     guest.wait("health")  # the image was asked about that
-    status = "grep State /proc/$(busybox pidof podman)/status"
-    deadline = time.monotonic() + 60
-    while b"T (stopped)" not in (state := guest.exec("sh", "-c", status, target="vm")[1]):
-        assert time.monotonic() < deadline, state
+    wait_until_stopped(guest)
     guest.send({"type": "stop", "timeout": 0})
     assert guest.wait("exit")["code"] == 137
+
+
+def test_podman_killed_while_it_stands_still_is_another_one_for_who_asks(guest: Guest) -> None:
+    guest.plan("/bin/sh", "-c", "trap 'exit 7' USR1; while :; do sleep 0.1; done")
+    guest.wait("started")
+    guest.wait("health")
+    wait_until_stopped(guest)
+    assert guest.exec("sh", "-c", "kill -9 $(busybox pidof podman)", target="vm")[0].code == 0
+    guest.send({"type": "stop", "timeout": 60})
+    assert guest.wait("exit")["code"] == 7  # by the image's signal
 
 
 def test_image_health_check(guest: Guest) -> None:
