@@ -88,7 +88,8 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="run a command in the clone's container, print its output, and end the clone; the exit code is the command's",
     )
-    add("--count", metavar="N", help="a fleet: so many clones, named NAME-1 to NAME-N; prints their names, not their output")
+    text = f"a fleet: so many clones, {MOST} at most, named NAME-1 to NAME-N; prints their names, not their output"
+    add("--count", metavar="N", help=text)
     add(
         "--publish",
         "-p",
