@@ -18,7 +18,7 @@ from fcvm import config as settings
 from fcvm.errors import AgentError, ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker.process import Console
 from fcvm.storage.layout import Layout
-from fcvm.vm import background, post_mortem, rpc, run, state, supervisor
+from fcvm.vm import background, messages, post_mortem, requests, rpc, run, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
 from fcvm.vm.start import Boot
 from fcvm.vm.supervisor import Supervisor
@@ -65,10 +65,10 @@ def test_a_vm_whose_streams_break_ends_and_says_why(tmp_path: Path, monkeypatch:
         vm.firecracker = SimpleNamespace(  # type: ignore[assignment]
             pidfd=quiet[0].fileno(), console=SimpleNamespace(quote=lambda: " (console)")
         )
-        vm.control, vm._requests, vm.network = quiet[1], quiet[2], SimpleNamespace(watch=[])  # type: ignore[assignment]
+        vm.control, vm.requests, vm.network = quiet[1], quiet[2], SimpleNamespace(watch=[])  # type: ignore[assignment]
         vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
-        vm._phase = "running"
-        vm._attachable.set()
+        vm.phase = "running"
+        vm.attachable.set()
         vm.carry_streams()  # there is no vsock device
         with pytest.raises(AgentError, match=r"cannot be read any more: .*No such file.* \(console\)"):
             vm._loop()
@@ -83,9 +83,9 @@ def test_a_stop_before_there_is_a_container_ends_the_vm(phase: str, tmp_path: Pa
     vm = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), start)  # type: ignore[arg-type]
     killed: list[bool] = []
     vm.firecracker = SimpleNamespace(process=SimpleNamespace(kill=lambda: killed.append(True)))  # type: ignore[assignment]
-    vm._phase = phase
-    vm._carry_out({"op": "stop"})
-    vm._on_warmed_message({"type": "warmed"})  # it was on its way
+    vm.phase = phase
+    requests.carry_out(vm, {"op": "stop"})
+    messages.deal(vm, {"type": "warmed"})  # it was on its way
     assert killed
     assert not captured
 
@@ -95,10 +95,10 @@ def test_a_malformed_request_does_not_end_a_vm(request_: bytes, tmp_path: Path) 
     spec = RunSpec(name="calm", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
     vm = Supervisor(spec, settings.load({"base_dir": str(tmp_path)}), Boot(None))  # type: ignore[arg-type]
     theirs, ours = socket.socketpair()
-    vm._requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
+    vm.requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
     with theirs:
         theirs.sendall(request_ + b"\n")
-        vm._on_request()
+        requests.serve(vm)
         assert "error" in json.loads(theirs.makefile().readline())
 
 
@@ -187,7 +187,7 @@ def vm(tmp_path: Path) -> Supervisor:
         created_at=0, cpu=1, memory_mib=128,
     )  # fmt: skip
     made.entry = state.register(made.layout, record)
-    made._phase = "running"
+    made.phase = "running"
     return made
 
 
@@ -196,11 +196,11 @@ def test_a_warm_start_is_not_taken_in_the_middle_of_another_snapshot(
 ) -> None:
     """While a snapshot waits for the guest to stand still the agent is heard, and it may say that the container is healthy."""
     taken: list[str | None] = []
-    monkeypatch.setattr(supervisor.warm, "capture", lambda _vm, name: taken.append(name))
-    vm._on_health_message({"status": "healthy"})
+    monkeypatch.setattr(requests.warm, "capture", lambda _vm, name: taken.append(name))
+    messages.deal(vm, {"type": "health", "status": "healthy"})
     assert taken == []
     vm._on_ask()
-    vm._on_health_message({"status": "healthy"})
+    messages.deal(vm, {"type": "health", "status": "healthy"})
     assert not vm._asks, "it is taken once"
     assert taken == ["warm-1"]
 
@@ -208,13 +208,13 @@ def test_a_warm_start_is_not_taken_in_the_middle_of_another_snapshot(
 @pytest.mark.parametrize("status", ["\ud800", "\033[2J", "x" * 1000, None, ["healthy"], {}])
 def test_a_health_that_is_none_is_not_shown(vm: Supervisor, status: object) -> None:
     """A guest could make `fcvm ls` fail for all VMs by text that no terminal can be given."""
-    vm._on_health_message({"status": status})
+    messages.deal(vm, {"type": "health", "status": status})
     assert vm.entry.record.health == "starting"
 
 
 def test_a_guest_that_tells_of_stages_for_ever_is_not_listened_to_for_ever(vm: Supervisor) -> None:
     for number in range(1000):
-        vm._on_stage_message({"name": "x" * number, "uptime": 1.0})
+        messages.deal(vm, {"type": "stage", "name": "x" * number, "uptime": 1.0})
     assert sum(len(name) for name, _ in vm.timings.guest_marks) < 10_000
 
 
@@ -223,11 +223,11 @@ def test_a_guest_that_tells_of_stages_for_ever_is_not_listened_to_for_ever(vm: S
 )
 def test_a_request_of_another_fcvm_does_not_end_a_vm(vm: Supervisor, request_: dict[str, object]) -> None:
     theirs, ours = socket.socketpair()
-    vm._requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
-    vm._phase = "starting" if request_["op"] == "snapshot" else "running"
+    vm.requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
+    vm.phase = "starting" if request_["op"] == "snapshot" else "running"
     with theirs:
         theirs.sendall(json.dumps(request_).encode() + b"\n")
-        vm._on_request()
+        requests.serve(vm)
         assert "error" in json.loads(theirs.makefile().readline())
 
 
@@ -235,23 +235,23 @@ def test_a_vm_lives_on_when_a_request_cannot_be_accepted(vm: Supervisor, capsys:
     def refuse() -> object:
         raise OSError(24, "Too many open files")
 
-    vm._requests = SimpleNamespace(accept=refuse)  # type: ignore[assignment]
-    vm._on_request()
+    vm.requests = SimpleNamespace(accept=refuse)  # type: ignore[assignment]
+    requests.serve(vm)
     assert "Too many open files" in capsys.readouterr().err
 
 
 def test_a_killed_vm_does_not_wait_for_ever_for_its_reader(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "STREAMS_MARGIN", 0.05)
-    vm._killing = True
+    vm.killing = True
     with contextlib.ExitStack() as stack:
         ended, quiet = stack.enter_context(open(os.devnull)), [stack.enter_context(socket.socket()) for _ in range(2)]
         vm._selector = stack.enter_context(contextlib.closing(supervisor.selectors.SelectSelector()))  # takes files
         vm.firecracker = SimpleNamespace(pidfd=ended)  # type: ignore[assignment]
-        vm.control, vm._requests, vm.network = quiet[0], quiet[1], SimpleNamespace(watch=[])  # type: ignore[assignment]
+        vm.control, vm.requests, vm.network = quiet[0], quiet[1], SimpleNamespace(watch=[])  # type: ignore[assignment]
         for one in quiet:
             one.listen()
         vm._loop()
-    assert vm._exit == {"code": 137}
+    assert vm.exit == {"code": 137}
 
 
 class Carried:
@@ -316,7 +316,7 @@ def test_output_of_a_warm_start_that_is_gone_breaks_the_streams_and_no_more(vm: 
         raise NotFoundError("There is no snapshot.")
 
     vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
-    vm._attachable.set()
+    vm.attachable.set()
     monkeypatch.setattr(supervisor.sessions, "stream", refuse)
     vm.carry_streams()
     assert isinstance(vm._streams_broke, NotFoundError)
@@ -361,7 +361,7 @@ def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervis
     if ours:
         assert start_it() == "Firecracker"
         assert furnished == [[]], "nothing of the other start is left"
-        assert vm._start is other
+        assert vm.start is other
         assert vm.entry.record.snapshot is None
     else:
         with pytest.raises(FcvmError, match=r"cannot be restored|pruned"):

@@ -6,6 +6,8 @@ Firecracker, requests of other commands, what ``ask`` was told by other threads.
 released in reverse order; if the process is killed, the kernel ends Firecracker and the network, and the next command
 sweeps the files.
 
+What is to be done about a message or a request is in ``messages.py`` and ``requests.py``, which know the supervisor's state.
+
 It neither touches signals nor the terminal, so that a clone server can run many of them as threads;
 ``fcvm.vm.run`` ties one to a terminal and its signals.
 """
@@ -31,7 +33,7 @@ from fcvm.firecracker.boot import KERNEL
 from fcvm.firecracker.process import Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
-from fcvm.vm import listeners, network, operations, output, paths, plan, post_mortem, rpc, sessions, state, warm
+from fcvm.vm import listeners, messages, network, output, paths, post_mortem, requests, rpc, sessions, state
 from fcvm.vm.clock import Clock
 from fcvm.vm.freezing import Freezing
 from fcvm.vm.spec import RunSpec
@@ -44,9 +46,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-STOP_MARGIN = 60.0  # seconds beyond the stop timeout in which the agent must report the end, before the VM is killed
 STREAMS_MARGIN = 10.0  # seconds between the end of Firecracker and that of the container's streams, whichever is first
-UNPLANNED = ("starting", "warming", "captured")  # phases in which there is no container to stop, and a boot snapshot may be taken
 KILLED = 137  # exit code of a container that was killed: 128 + SIGKILL
 
 
@@ -56,6 +56,9 @@ class Supervisor:
     Attributes:
         id: the VM's id; its directory is ``vms/<id>``.
         timings: how long each stage of the start took.
+        phase: how far its start is: ``starting``, ``restored`` or ``warming``, ``captured``, ``planned``; then ``running``.
+        exit: the agent's ``exit`` message, once the container has ended.
+        deadline: when ``_on_deadline`` is to do something about what has not happened; None: nothing is waited for.
     """
 
     def __init__(
@@ -77,29 +80,29 @@ class Supervisor:
         self.id = state.new_id()
         self.directory: Path = self.layout.vms / self.id
         self.timings = Timings()
-        self._restored_at = 0  # nanoseconds of the epoch
-        self._start = start
-        self._on_started = on_started
-        self._attachable = threading.Event()  # the container runs, or never will
+        self.restored_at = 0  # nanoseconds of the epoch
+        self.start = start
+        self.on_started = on_started
+        self.attachable = threading.Event()  # the container runs, or never will
         self._streams_ended = False
         self._streams_broke: Exception | None = None
         self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._asks: list[dict[str, Any]] = []
         self._waking = threading.RLock()  # a signal handler may ask while its own thread does
         self._selector = selectors.DefaultSelector()
-        self._phase = "starting"
-        self._exit: dict[str, Any] | None = None
-        self._deadline: float | None = None
+        self.phase = "starting"
+        self.exit: dict[str, Any] | None = None
+        self.deadline: float | None = None
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
-        self._killing = False
-        self._stop_sent = False
-        self._warmed = False  # the container was healthy, and a warm start taken if one was wanted
-        self._waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
+        self.killing = False
+        self.stop_sent = False
+        self.warmed = False  # the container was healthy, and a warm start taken if one was wanted
+        self.waiting: list[socket.socket] = []  # callers of `fcvm stop`, answered when the VM has ended
 
     @property
     def running(self) -> bool:
         """Whether the container runs."""
-        return self._phase == "running" and self._exit is None
+        return self.phase == "running" and self.exit is None
 
     # What other threads may call
 
@@ -113,10 +116,10 @@ class Supervisor:
         Raises:
             BrokenPipeError: the reader of our stdout has gone; the container was hung up.
         """
-        self._attachable.wait()
+        self.attachable.wait()
         try:
-            if self._phase == "running":
-                main = session.Resume("main", on_resumed=lambda seen: self._start.resumed(self, seen))
+            if self.phase == "running":
+                main = session.Resume("main", on_resumed=lambda seen: self.start.resumed(self, seen))
                 sessions.stream(
                     self.directory,
                     main,
@@ -159,14 +162,14 @@ class Supervisor:
                     self._loop()
                     self.timings.mark("end")
                 except FcvmError as error:
-                    self._answer_waiting(rpc.failure(error))
+                    requests.answer_waiting(self, rpc.failure(error))
                     raise
                 finally:
-                    self._attachable.set()
-            assert self._exit is not None
-            return self._result(self._exit)
+                    self.attachable.set()
+            assert self.exit is not None
+            return self._result(self.exit)
         finally:
-            self._answer_waiting({"ok": True})
+            requests.answer_waiting(self, {"ok": True})
             self._selector.close()
             with self._waking:
                 asked, self._asked = self._asked, -1  # first: a signal handler may come in between
@@ -187,19 +190,19 @@ class Supervisor:
             labels=spec.labels,
             volumes=[volume.public() for volume in spec.volumes],
             keep=False,
-            snapshot=self._start.snapshot,
+            snapshot=self.start.snapshot,
         )
         self.entry = stack.enter_context(contextlib.closing(state.register(self.layout, record)))
         self.directory.mkdir(mode=0o700)
         stack.callback(self._leave)
-        self.network = stack.enter_context(self._start.network(self))
-        self._shown = stack.enter_context(network.shown(self))
-        self.entry.update(network=self._shown)
-        self._refusals = listeners.Refusals(self.spec.name, self.directory, self._shown["ports"])
-        self.network.on_refused = lambda ports: self._refusals.look(ports, self.ask)
+        self.network = stack.enter_context(self.start.network(self))
+        self.shown = stack.enter_context(network.shown(self))
+        self.entry.update(network=self.shown)
+        self.refusals = listeners.Refusals(self.spec.name, self.directory, self.shown["ports"])
+        self.network.on_refused = lambda ports: self.refusals.look(ports, self.ask)
         self.network.on_answered = lambda ports: self.ask({"op": "reachable", "ports": list(ports)})
         self.timings.mark("network")
-        self._furnish(self._start)
+        self._furnish(self.start)
         self.timings.mark("disks")
         log_file, limit = self.directory / output.LOG, self.config.log_size << 20
         prefix = bool(spec.log_prefix) and not spec.tty
@@ -207,18 +210,18 @@ class Supervisor:
         self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
-        self._clock = Clock(self.control.send, time.time_ns)
+        self.clock = Clock(self.control.send, time.time_ns)
         self.freezing = Freezing(self.control, self._on_control)
         self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
         self.firecracker = self._firecracker()
-        self._requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
-        self._start.go(self)
-        self._deadline = time.monotonic() + self._start.timeout
+        self.requests = stack.enter_context(sockets.listen(self.directory / rpc.SOCKET))
+        self.start.go(self)
+        self.deadline = time.monotonic() + self.start.timeout
 
     def _furnish(self, start: Start) -> None:
         """Put the disks of ``start`` into the directory, or those of what is to be started instead."""
-        self._start, self._phase = start, "starting"
+        self.start, self.phase = start, "starting"
         if start.snapshot != self.entry.record.snapshot:
             self.entry.update(snapshot=start.snapshot)
         try:
@@ -229,7 +232,7 @@ class Supervisor:
     def _firecracker(self) -> Firecracker:
         """Firecracker with the start's VM in it, or with what is to be started instead."""
         try:
-            return self._vmm.enter_context(self._start.firecracker(self))
+            return self._vmm.enter_context(self.start.firecracker(self))
         except (SnapshotError, NotFoundError) as error:
             other = self._instead(error)
         self.volumes.restart()
@@ -238,7 +241,7 @@ class Supervisor:
 
     def _instead(self, error: FcvmError) -> Start:
         """What to start where a snapshot of ours is of no use any more; raises ``error`` if it is not one of ours."""
-        other = self._start.instead(self.layout)
+        other = self.start.instead(self.layout)
         if other is None:
             raise error
         log.info(f"starting in another way: {error.message}")
@@ -247,12 +250,12 @@ class Supervisor:
 
     def _serve_volumes(self) -> Volumes:
         spec = self.spec
-        vsock_path, states = self.directory / paths.VSOCK, self._start.volumes(self)
+        vsock_path, states = self.directory / paths.VSOCK, self.start.volumes(self)
         return Volumes(spec.volumes, vsock_path, owner=owner(spec.user), states=states)
 
     def _leave(self) -> None:
         """The end of the VM's directory; of a kept VM only the logs stay."""
-        if self.spec.remove or self._exit is None:
+        if self.spec.remove or self.exit is None:
             remove(self.directory)
             return
         logs = (output.LOG, f"{output.LOG}.1", output.CLOSED, "console.log", "console.log.1")
@@ -260,7 +263,7 @@ class Supervisor:
             if path.name not in logs:
                 remove(path)
         (self.directory / output.CLOSED).touch()  # now there is space for it even on a full disk
-        self.entry.update(status="exited", health="stopped", exit_code=self._exit["code"], keep=True)
+        self.entry.update(status="exited", health="stopped", exit_code=self.exit["code"], keep=True)
 
     # The loop
 
@@ -268,40 +271,40 @@ class Supervisor:
         watch = self._selector.register
         watch(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
         watch(self.control, selectors.EVENT_READ, self._on_control)
-        watch(self._requests, selectors.EVENT_READ, self._on_request)
+        watch(self.requests, selectors.EVENT_READ, partial(requests.serve, self))
         watch(self._asked, selectors.EVENT_READ, self._on_ask)
         for fd, message in self.network.watch:
             watch(fd, selectors.EVENT_READ, partial(self._on_network_end, message))
         while not self._over():
-            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            timeout = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
             ready = self._selector.select(timeout)
-            if not ready and self._deadline is not None and time.monotonic() >= self._deadline:
+            if not ready and self.deadline is not None and time.monotonic() >= self.deadline:
                 self._on_deadline()
             for key, _ in ready:
                 key.data()
 
     def _over(self) -> bool:
         """The container has ended and all of its output has been passed on."""
-        return self._exit is not None and (self._phase != "running" or self._streams_ended)
+        return self.exit is not None and (self.phase != "running" or self._streams_ended)
 
     def _on_deadline(self) -> None:
-        self._deadline = None
-        if self._exit is not None:  # stopped, but somebody does not read our output
+        self.deadline = None
+        if self.exit is not None:  # stopped, but somebody does not read our output
             self._streams_ended = True
             return
-        if self._streams_broke is not None and not self._stop_sent:
+        if self._streams_broke is not None and not self.stop_sent:
             reason = str(self._streams_broke).removesuffix(".")
             raise AgentError(f"The container's output cannot be read any more: {reason}.{self.firecracker.console.quote()}")
-        if self._stop_sent:  # and not obeyed
-            self._kill()
+        if self.stop_sent:  # and not obeyed
+            self.kill()
             return
-        another = self._start.another() if self._phase in ("starting", "restored") else None
+        another = self.start.another() if self.phase in ("starting", "restored") else None
         if another is None:
             raise GuestError(
-                f"The guest did not start within {self._start.timeout:g} seconds.{self.firecracker.console.quote()}",
+                f"The guest did not start within {self.start.timeout:g} seconds.{self.firecracker.console.quote()}",
                 hint="fcvm doctor",
             )
-        log.info(f"the guest does not answer after {self._start.timeout:g} seconds; starting it once more")
+        log.info(f"the guest does not answer after {self.start.timeout:g} seconds; starting it once more")
         self._start_again(another)
 
     def _start_again(self, start: Start) -> None:
@@ -312,8 +315,8 @@ class Supervisor:
         self._furnish(start)
         self.firecracker = self._firecracker()
         self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
-        self._start.go(self)
-        self._deadline = time.monotonic() + self._start.timeout
+        self.start.go(self)
+        self.deadline = time.monotonic() + self.start.timeout
 
     def _unfurnish(self) -> None:
         """Have nothing of the guest that was, or was to be, started."""
@@ -325,9 +328,9 @@ class Supervisor:
 
     def _on_firecracker_end(self) -> None:
         self._selector.unregister(self.firecracker.pidfd)
-        if self._exit is not None or self._killing:
-            self._exit = self._exit or {"code": KILLED}
-            self._deadline = time.monotonic() + STREAMS_MARGIN  # for whoever reads our output, who may have stopped to
+        if self.exit is not None or self.killing:
+            self.exit = self.exit or {"code": KILLED}
+            self.deadline = time.monotonic() + STREAMS_MARGIN  # for whoever reads our output, who may have stopped to
             return
         self.firecracker.process.wait()
         self.firecracker.console.join()
@@ -338,160 +341,28 @@ class Supervisor:
 
     def _on_control(self) -> None:
         for message in self.control.receive():
-            handler = getattr(self, f"_on_{message.get('type')}_message", None)
-            if handler is None:
-                log.debug(f"{self.spec.name}: the agent sent {message.get('type')!r}, which is not known")
-            else:
-                handler(message)
-
-    def _on_hello_message(self, message: dict[str, Any]) -> None:
-        known = message.get("state", {})
-        self.freezing.hello(known, running=self._phase == "running")
-        if known.get("phase") == "waiting":
-            self.timings.mark("agent")
-            if self._phase == "starting" and self._start.captures:
-                self._phase = "warming"
-                self._deadline = time.monotonic() + self._start.timeout
-                self.control.send({"type": "warm"})
-            elif self._phase != "warming":
-                self._send_plan()
-        elif self._phase == "starting" and known.get("phase") == "running":
-            self._phase = "restored"
-            self._deadline = time.monotonic() + self._start.timeout
-            self._restored_at = time.time_ns()
-            self.control.send(plan.restored(self))
-        if known.get("health"):
-            self._on_health_message({"status": known["health"]})
-        if known.get("exit") and self._exit is None:
-            self._on_exit_message(known["exit"])
-
-    def _on_warmed_message(self, message: dict[str, Any]) -> None:
-        """The agent has run a container of its own once: now a snapshot has in memory all that the next ones need."""
-        if self._phase == "warming" and not self._killing:
-            self.timings.mark("warm")
-            self._phase = "captured"
-            if not self._start.capture(self):
-                self._send_plan()
-
-    def _send_plan(self) -> None:
-        """Tell the agent what to do; again, if its connection broke before it had read that."""
-        self._phase = "planned"
-        self._deadline = None
-        self.control.send(plan.message(self))
-
-    def _on_stage_message(self, message: dict[str, Any]) -> None:
-        self.timings.guest(str(message.get("name"))[:80], float(message["uptime"]))
-
-    def _on_started_message(self, message: dict[str, Any]) -> None:
-        if self._phase == "planned":
-            self.timings.mark("podman")
-            self._run()
-
-    def _on_ready_message(self, message: dict[str, Any]) -> None:
-        if self._phase == "restored":
-            self.timings.mark("identity")
-            self._clock.was_set(self._restored_at)
-            self.freezing.thawed()
-            self._run()
-
-    def _on_frozen_message(self, message: dict[str, Any]) -> None:
-        self.freezing.answered(message)
-
-    _on_thawed_message = _on_frozen_message
-
-    def _on_clock_message(self, message: dict[str, Any]) -> None:
-        self._clock.answered(message)
-
-    def _run(self) -> None:
-        """The container runs: it can be attached to."""
-        self._deadline = None
-        self._phase = "running"
-        self.entry.update(status="running")
-        self._attachable.set()
-        self._on_started()
-
-    def _on_health_message(self, message: dict[str, Any]) -> None:
-        status = message.get("status")
-        if status not in state.HEALTH:
-            return
-        self.entry.update(health=status)
-        if status == "healthy" and self.running and not self._warmed:
-            self._warmed = True
-            self.ask({"op": "warm"})  # another snapshot may be under way at this moment
-
-    def _on_exit_message(self, message: dict[str, Any]) -> None:
-        self._exit = message
-        self.entry.update(status="stopping", health="stopped")
-
-    def _on_error_message(self, message: dict[str, Any]) -> None:
-        raise AgentError(f"The guest agent failed: {message.get('message')}")
-
-    # Requests
+            messages.deal(self, message)
 
     def _on_ask(self) -> None:
         os.eventfd_read(self._asked)
         while self._asks:
-            self._carry_out(self._asks.pop(0))
-        if self._streams_broke is not None and self._exit is None and self._deadline is None:
-            self._deadline = time.monotonic() + STREAMS_MARGIN
+            requests.carry_out(self, self._asks.pop(0))
+        if self._streams_broke is not None and self.exit is None and self.deadline is None:
+            self.deadline = time.monotonic() + STREAMS_MARGIN
 
-    def _on_request(self) -> None:
-        try:
-            connection, _ = self._requests.accept()
-        except OSError as error:  # no descriptors left, perhaps not for long
-            log.warning(f"{self.spec.name}: a request cannot be read: {error.strerror}")
-            time.sleep(0.1)
-            return
-        connection.settimeout(5.0)
-        try:
-            request = rpc.receive(connection)
-            if request.get("op") in ("stop", "kill"):
-                self._waiting.append(connection)
-                self._carry_out(request)
-            else:
-                rpc.answer(connection, operations.perform(self, request))
-        except FcvmError as error:
-            rpc.answer(connection, rpc.failure(error))
-        except (OSError, ValueError) as error:
-            rpc.answer(connection, {"error": f"The request cannot be carried out: {error}."})
-
-    def _answer_waiting(self, reply: dict[str, Any]) -> None:
-        for connection in self._waiting:
-            rpc.answer(connection, reply)
-        self._waiting.clear()
-
-    def _carry_out(self, request: dict[str, Any]) -> None:
-        if request["op"] in ("unreachable", "reachable"):
-            self._refusals.note(request["ports"], loopback_only=request["op"] == "unreachable")
-            self.entry.update(network=self._shown)
-            return
-        if request["op"] == "warm":
-            if self.running and not self._stop_sent:
-                warm.capture(self, self._start.warm)
-            return
-        if request["op"] == "kill" or self._phase in UNPLANNED:
-            self._kill()
-            return
-        timeout = request.get("timeout")
-        timeout = self.spec.stop_timeout if timeout is None else timeout
-        self.entry.update(status="stopping")
-        self.control.send({"type": "stop", "timeout": timeout})
-        self._stop_sent = True
-        self._deadline = time.monotonic() + timeout + STOP_MARGIN
-
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """End the VM without asking the guest."""
-        self._killing = True
+        self.killing = True
         self.firecracker.process.kill()
 
     def _result(self, exit: dict[str, Any]) -> int:
         code = int(exit["code"])
-        if self._streams_broke is not None and not self._killing:
+        if self._streams_broke is not None and not self.killing:
             raise AgentError(
                 f"The container ended with exit code {code}, but not all of its output could be read: {self._streams_broke}"
             )
         if exit.get("message"):
-            if code in (125, 126, 127) and self._phase == "planned":
+            if code in (125, 126, 127) and self.phase == "planned":
                 raise ContainerError(str(exit["message"]), exit_code=code, hint=exit.get("hint"))
             log.warning(f"{exit['message']}{self.firecracker.console.quote(5)}")
         return code

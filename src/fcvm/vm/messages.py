@@ -1,0 +1,134 @@
+"""What a VM's supervisor does about each message of the agent: docs/architecture.md, "Control"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fcvm import log
+from fcvm.errors import AgentError
+from fcvm.vm import plan, state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from fcvm.vm.supervisor import Supervisor
+
+    Handler = Callable[["Supervisor", dict[str, Any]], None]
+
+
+def deal(vm: Supervisor, message: dict[str, Any]) -> None:
+    """Do what is to be done about ``message``; raises AgentError if the VM has to end."""
+    handler = HANDLERS.get(message["type"])
+    if handler is None:
+        log.debug(f"{vm.spec.name}: the agent sent {message['type']!r}, which is not known")
+    else:
+        handler(vm, message)
+
+
+def _hello(vm: Supervisor, message: dict[str, Any]) -> None:
+    known = message.get("state", {})
+    vm.freezing.hello(known, running=vm.phase == "running")
+    if known.get("phase") == "waiting":
+        vm.timings.mark("agent")
+        if vm.phase == "starting" and vm.start.captures:
+            vm.phase = "warming"
+            vm.deadline = time.monotonic() + vm.start.timeout
+            vm.control.send({"type": "warm"})
+        elif vm.phase != "warming":
+            _send_plan(vm)
+    elif vm.phase == "starting" and known.get("phase") == "running":
+        vm.phase = "restored"
+        vm.deadline = time.monotonic() + vm.start.timeout
+        vm.restored_at = time.time_ns()
+        vm.control.send(plan.restored(vm))
+    if known.get("health"):
+        _health(vm, {"status": known["health"]})
+    if known.get("exit") and vm.exit is None:
+        _exit(vm, known["exit"])
+
+
+def _warmed(vm: Supervisor, message: dict[str, Any]) -> None:
+    """The agent has run a container of its own once: now a snapshot has in memory all that the next ones need."""
+    if vm.phase == "warming" and not vm.killing:
+        vm.timings.mark("warm")
+        vm.phase = "captured"
+        if not vm.start.capture(vm):
+            _send_plan(vm)
+
+
+def _send_plan(vm: Supervisor) -> None:
+    """Tell the agent what to do; again, if its connection broke before it had read that."""
+    vm.phase = "planned"
+    vm.deadline = None
+    vm.control.send(plan.message(vm))
+
+
+def _stage(vm: Supervisor, message: dict[str, Any]) -> None:
+    vm.timings.guest(str(message.get("name"))[:80], float(message["uptime"]))
+
+
+def _started(vm: Supervisor, message: dict[str, Any]) -> None:
+    if vm.phase == "planned":
+        vm.timings.mark("podman")
+        _run(vm)
+
+
+def _ready(vm: Supervisor, message: dict[str, Any]) -> None:
+    if vm.phase == "restored":
+        vm.timings.mark("identity")
+        vm.clock.was_set(vm.restored_at)
+        vm.freezing.thawed()
+        _run(vm)
+
+
+def _run(vm: Supervisor) -> None:
+    """The container runs: it can be attached to."""
+    vm.deadline = None
+    vm.phase = "running"
+    vm.entry.update(status="running")
+    vm.attachable.set()
+    vm.on_started()
+
+
+def _frozen(vm: Supervisor, message: dict[str, Any]) -> None:
+    vm.freezing.answered(message)
+
+
+def _clock(vm: Supervisor, message: dict[str, Any]) -> None:
+    vm.clock.answered(message)
+
+
+def _health(vm: Supervisor, message: dict[str, Any]) -> None:
+    status = message.get("status")
+    if status not in state.HEALTH:
+        return
+    vm.entry.update(health=status)
+    if status == "healthy" and vm.running and not vm.warmed:
+        vm.warmed = True
+        vm.ask({"op": "warm"})  # another snapshot may be under way at this moment
+
+
+def _exit(vm: Supervisor, message: dict[str, Any]) -> None:
+    vm.exit = message
+    vm.entry.update(status="stopping", health="stopped")
+
+
+def _error(vm: Supervisor, message: dict[str, Any]) -> None:
+    raise AgentError(f"The guest agent failed: {message.get('message')}")
+
+
+HANDLERS: dict[str, Handler] = {
+    "hello": _hello,
+    "warmed": _warmed,
+    "stage": _stage,
+    "started": _started,
+    "ready": _ready,
+    "frozen": _frozen,
+    "thawed": _frozen,
+    "clock": _clock,
+    "health": _health,
+    "exit": _exit,
+    "error": _error,
+}
