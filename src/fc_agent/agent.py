@@ -47,6 +47,7 @@ class Agent:
         self._container: Container | None = None
         self._network: NetworkPlan | None = None
         self._planned = False
+        self._machine_id: str | None = None  # of the last restore
         self._stopping: float | None = None  # asked to stop before the container ran: the timeout
         self._lock = threading.Lock()
 
@@ -114,6 +115,9 @@ class Agent:
         self._control.tell({"type": "warmed"})
 
     def _on_restored(self, new: Identity) -> None:
+        if new.machine_id == self._machine_id:
+            return  # the host was not sure whether we had it
+        self._machine_id = new.machine_id
         network = new.network or self._network
         identity.take(new, network, restored=True)
         self._network = network

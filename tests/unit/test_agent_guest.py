@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fc_agent import container, exec, health, linux
+from fc_agent import agent, container, exec, health, linux
 from fc_agent.attach import Attached
 from fc_agent.channel import STDERR, STDOUT
 from fc_agent.control import Control
 from fc_agent.failures import explain
-from fc_agent.protocol import ContainerPlan, HealthPlan, VolumePlan
+from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, VolumePlan
 from fc_agent.session import LaunchError, Request, Server
 
 
@@ -357,3 +357,15 @@ def test_sessions_are_served_on_when_there_were_too_many(monkeypatch: pytest.Mon
         assert serving.is_alive()
         listener.shutdown(socket.SHUT_RDWR)
         serving.join()
+
+
+def test_an_identity_that_comes_twice_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host was not sure whether we had it; what runs by now would lose its connections."""
+    taken: list[str] = []
+    monkeypatch.setattr(agent.identity, "take", lambda new, network, restored: taken.append(new.machine_id))
+    monkeypatch.setattr(agent.freezer, "thaw", lambda: None)
+    guest = agent.Agent(SimpleNamespace(), listen=socket.socket)  # type: ignore[arg-type]
+    for machine_id in ("a" * 32, "a" * 32, "b" * 32):
+        guest._on_restored(Identity("name", machine_id, "AAAA", 0, None, True))
+    assert taken == ["a" * 32, "b" * 32]
+    guest._listener.close()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -366,3 +367,69 @@ def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervis
     else:
         with pytest.raises(FcvmError, match=r"cannot be restored|pruned"):
             start_it()
+
+
+class Said:
+    """As much of a control channel as it takes: what the host says."""
+
+    def __init__(self, vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.messages: list[dict[str, Any]] = []
+        vm.control = SimpleNamespace(send=self.messages.append)  # type: ignore[assignment]
+        vm.freezing = SimpleNamespace(hello=lambda state, running: None, thawed=lambda: None)  # type: ignore[assignment]
+        vm.clock = SimpleNamespace(was_set=lambda sent: None)  # type: ignore[assignment]
+        vm.network = SimpleNamespace(guest=SimpleNamespace(json=dict))  # type: ignore[assignment]
+        monkeypatch.setattr(messages.plan, "network", lambda vm: None)
+        vm.phase = "starting"
+
+    def types(self) -> list[str]:
+        return [message["type"] for message in self.messages]
+
+
+@pytest.fixture
+def said(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Said:
+    return Said(vm, monkeypatch)
+
+
+def hello(vm: Supervisor, phase: str, **state: object) -> None:
+    messages.deal(vm, {"type": "hello", "protocol": 1, "state": {"phase": phase, **state}})
+
+
+def test_an_identity_that_was_lost_with_its_connection_is_sent_again(vm: Supervisor, said: Said) -> None:
+    hello(vm, "running", machine_id="its source's")
+    deadline = vm.deadline
+    hello(vm, "running", machine_id="its source's")
+    assert said.types() == ["restored", "restored"]
+    assert len({message["identity"]["machine_id"] for message in said.messages}) == 1
+    assert vm.deadline == deadline, "a guest cannot put it off"
+    messages.deal(vm, {"type": "ready"})
+    assert vm.running
+    hello(vm, "running")
+    assert len(said.messages) == 2
+
+
+def test_a_ready_that_was_lost_with_its_connection_is_told_by_the_next(vm: Supervisor, said: Said) -> None:
+    hello(vm, "running")
+    hello(vm, "running", machine_id=said.messages[0]["identity"]["machine_id"])
+    assert said.types() == ["restored"]
+    assert vm.running
+    assert vm.deadline is None
+
+
+@pytest.mark.parametrize("state", [{"phase": "running"}, {"phase": "exited", "exit": {"code": 3}}])
+def test_a_start_that_was_lost_with_its_connection_is_told_by_the_next(vm: Supervisor, said: Said, state: dict[str, Any]) -> None:
+    """A container that has ended by now is one whose output is to be read."""
+    hello(vm, "waiting")
+    hello(vm, container_id="c1", **state)
+    assert said.types() == ["plan"]
+    assert vm.phase == "running"
+    assert vm.exit == state.get("exit")
+
+
+def test_a_warming_that_was_lost_with_its_connection_is_asked_for_again(vm: Supervisor, said: Said) -> None:
+    vm.start = SimpleNamespace(captures=True, capture=lambda vm: False, timeout=60.0)  # type: ignore[assignment]
+    hello(vm, "waiting")
+    hello(vm, "waiting")
+    assert said.types() == ["warm", "warm"]
+    messages.deal(vm, {"type": "warmed"})
+    messages.deal(vm, {"type": "warmed"})
+    assert said.types() == ["warm", "warm", "plan"]

@@ -204,14 +204,18 @@ class Client:
     def _open(self) -> Exit | None:
         if isinstance(self._request, Request):
             message: dict[str, object] = {"open": vars(self._request)}
+            limit = LAUNCH_TIME
         else:
             message = {"resume": self._request.session, "received": None}
+            limit = OPENING_TIME
         connection = self._connect()
         try:
-            answer, rest = self._ask(connection, message, LAUNCH_TIME)
+            answer, rest = self._ask(connection, message, limit)
         except OSError as error:
             connection.close()
-            raise AgentError(f"The agent did not answer: {error}.") from error
+            if isinstance(self._request, Request):  # whose process may run by now
+                raise AgentError(f"The agent did not answer: {error}.") from error
+            connection, answer, rest = self._ask_again(message, error)
         if "error" in answer:
             connection.close()
             error_ = answer["error"] if isinstance(answer["error"], dict) else {}
@@ -234,13 +238,22 @@ class Client:
 
     def _reconnect(self, error: BaseException) -> None:
         self._channel.detach()
+        message: dict[str, object] = {"resume": self._session, "received": self._channel.received}
+        connection, answer, rest = self._ask_again(message, error)
+        if "error" in answer:
+            connection.close()
+            raise AgentError("The session is gone: the connection was lost for too long, or the agent restarted.")
+        self._channel.attach(connection, peer_received=_count(answer, "received"), rest=rest)
+
+    def _ask_again(self, message: dict[str, object], error: BaseException) -> tuple["socket", dict[str, object], bytes]:
+        """Ask over new connections until there is an answer, as the one before has broken by ``error``."""
         since = time.monotonic()
         pause = 0.005
         while True:
             connection = None
             try:
                 connection = self._connect()
-                answer, rest = self._ask(connection, {"resume": self._session, "received": self._channel.received})
+                return connection, *self._ask(connection, message)
             except (OSError, AgentError, ChannelError) as failure:
                 if connection is not None:
                     connection.close()
@@ -248,12 +261,6 @@ class Client:
                     raise AgentError(f"The connection to the agent was lost: {error}.") from failure
                 time.sleep(pause)  # nothing tells when a listener comes back
                 pause = min(pause * 2, 0.25)
-                continue
-            if "error" in answer:
-                connection.close()
-                raise AgentError("The session is gone: the connection was lost for too long, or the agent restarted.")
-            self._channel.attach(connection, peer_received=_count(answer, "received"), rest=rest)
-            return
 
     def _step(self) -> Exit | None:
         self._send_queue()

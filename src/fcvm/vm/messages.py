@@ -28,25 +28,36 @@ def deal(vm: Supervisor, message: dict[str, Any]) -> None:
 
 
 def _hello(vm: Supervisor, message: dict[str, Any]) -> None:
+    """The agent has connected (again): what either of us has said may have been lost, and its state tells what has."""
     known = message.get("state", {})
+    phase = known.get("phase")
     vm.freezing.hello(known, running=vm.phase == "running")
-    if known.get("phase") == "waiting":
+    if phase == "waiting":
         vm.timings.mark("agent")
-        if vm.phase == "starting" and vm.start.captures:
-            vm.phase = "warming"
-            vm.deadline = time.monotonic() + vm.start.timeout
+        if vm.start.captures and vm.phase in ("starting", "warming"):
+            _enter(vm, "warming")
             vm.control.send({"type": "warm"})
-        elif vm.phase != "warming":
+        else:
             _send_plan(vm)
-    elif vm.phase == "starting" and known.get("phase") == "running":
-        vm.phase = "restored"
-        vm.deadline = time.monotonic() + vm.start.timeout
+    elif vm.phase == "planned" and known.get("container_id"):
+        _started(vm, known)
+    elif vm.phase == "restored" and known.get("machine_id") == vm.machine_id:
+        _ready(vm, known)
+    elif vm.phase in ("starting", "restored") and phase == "running":
+        _enter(vm, "restored")
         vm.restored_at = time.time_ns()
         vm.control.send(plan.restored(vm))
     if known.get("health"):
         _health(vm, {"status": known["health"]})
     if known.get("exit") and vm.exit is None:
         _exit(vm, known["exit"])
+
+
+def _enter(vm: Supervisor, phase: str) -> None:
+    """Be in ``phase``, which may take as long as the start before it, however often the agent connects meanwhile."""
+    if vm.phase != phase:
+        vm.phase = phase
+        vm.deadline = time.monotonic() + vm.start.timeout
 
 
 def _warmed(vm: Supervisor, message: dict[str, Any]) -> None:

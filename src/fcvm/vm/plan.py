@@ -7,7 +7,6 @@ import os
 import time
 
 from fc_agent.protocol import VOLUME_PORT, ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
-from fcvm.agent.control import new_machine_id
 from fcvm.agent.terminal import size
 from fcvm.vm.spec import RunSpec
 
@@ -32,10 +31,10 @@ def restored(vm: Supervisor) -> dict[str, Any]:
 
 
 def identity(vm: Supervisor, *, clone: bool = False) -> Identity:
-    """A fresh identity, with the time of now; a clone also gets its network, and drops the sessions of its source."""
+    """The VM's identity, with the time of now; a clone also gets its network, and drops the sessions of its source."""
     return Identity(
         hostname=vm.spec.name,
-        machine_id=new_machine_id(),
+        machine_id=vm.machine_id,
         entropy=base64.b64encode(os.urandom(ENTROPY)).decode(),
         wall_clock_ns=time.time_ns(),
         network=network(vm) if clone else None,

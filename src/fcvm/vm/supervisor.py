@@ -26,7 +26,7 @@ from pathlib import Path
 
 from fcvm import log
 from fcvm.agent import session
-from fcvm.agent.control import Control
+from fcvm.agent.control import Control, new_machine_id
 from fcvm.config import Config
 from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError, NotFoundError, SnapshotError
 from fcvm.firecracker.boot import KERNEL
@@ -78,6 +78,7 @@ class Supervisor:
         self.config = config
         self.layout = Layout(config.base_dir)
         self.id = state.new_id()
+        self.machine_id = new_machine_id()  # the guest's; it tells whether a restored one has taken its identity
         self.directory: Path = self.layout.vms / self.id
         self.timings = Timings()
         self.restored_at = 0  # nanoseconds of the epoch
