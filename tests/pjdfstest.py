@@ -4,7 +4,7 @@
 
 DIR has the built suite, for a guest linked statically (``make CFLAGS="-O2 -static"``); TEST is a file or directory of it.
 `prove` runs the tests. Those in a guest run in the guest OS; there the suite's own functions start fewer processes, which
-are most of what an emulated guest does: about an hour of it, instead of many. Needs root.
+are most of what an emulated guest does. Needs root.
 """
 
 import argparse

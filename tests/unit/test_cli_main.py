@@ -1,9 +1,13 @@
 """The command's face: help, errors, exit codes."""
 
 import argparse
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,9 @@ from fcvm import config
 from fcvm.cli.context import Context
 from fcvm.cli.main import COMMANDS, build, load, requested
 from fcvm.errors import NotFoundError
+from fcvm.linux import sockets
 from fcvm.storage.layout import Layout
-from fcvm.vm import state
+from fcvm.vm import rpc, state
 from fcvm.vm.state import Record, write
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "FCVM_MACHINE": "never"}
@@ -232,3 +237,26 @@ def test_closed_standard_streams(words: str, code: int, closing: str, tmp_path: 
 def test_help_says_nothing_of_what_is_not_there() -> None:
     for words in ((), ("podman",), ("snapshot",), ("snapshots",)):
         assert "None" not in fcvm(*words, "--help").stdout
+
+
+def test_vms_are_stopped_all_at_once_and_one_that_refuses_keeps_no_other(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    names = ["a", "b", "c"]
+    asked = threading.Barrier(len(names))  # passed when all have been asked
+
+    def supervisor(listener: socket.socket, name: str) -> None:
+        connection, _ = listener.accept()
+        rpc.receive(connection)
+        asked.wait(60)
+        rpc.answer(connection, rpc.failure(NotFoundError("b is stubborn.")) if name == "b" else {"ok": True})
+
+    with contextlib.ExitStack() as stack:
+        for number, name in enumerate(names):
+            record = Record(f"{number:012}", name, os.getpid(), "running", "healthy", "image", time.time(), 1, 512)
+            stack.callback(state.register(layout, record).close)
+            (layout.directory("vms") / record.id).mkdir()
+            listener = stack.enter_context(sockets.listen(layout.vms / record.id / rpc.SOCKET))
+            threading.Thread(target=supervisor, args=(listener, name), daemon=True).start()
+        done = fcvm("stop", "--all", base=tmp_path)
+    assert (done.returncode, done.stdout) == (125, "a\nc\n")
+    assert "b is stubborn." in done.stderr

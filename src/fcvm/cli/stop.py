@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+from concurrent import futures
+from pathlib import Path
 
 from fcvm.cli import target
 from fcvm.cli.completions import vm_names
@@ -11,6 +13,7 @@ from fcvm.errors import NotFoundError, UsageError
 from fcvm.vm import rpc, state
 
 WHERE = "vms"
+AT_ONCE = 64  # VMs; most of a stop is waiting for containers
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +41,17 @@ def run(args: argparse.Namespace, context: Context) -> int:
         found = [record for record in state.records(layout) if state.is_alive(layout, record.id)]
     else:
         found = [target.find_vm(args, layout), *(state.find(layout, name=name) for name in args.words)]
-    for record in found:
-        with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
-            rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
-        print(record.name)
+    with futures.ThreadPoolExecutor(AT_ONCE) as threads:
+        ends = [threads.submit(end, layout.vms / record.id, args.timeout) for record in found]
+        for record, ended in zip(found, ends, strict=True):
+            if ended.exception() is None:
+                print(record.name, flush=True)
+    for ended in ends:
+        ended.result()  # raises what went wrong, the others being stopped
     return 0
+
+
+def end(directory: Path, timeout: int | None) -> None:
+    """Have the VM in ``directory`` stopped, and wait for its end."""
+    with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
+        rpc.call(directory, {"op": "stop", "timeout": timeout})

@@ -92,6 +92,25 @@ def number(text: str, option: str, *, least: int = 0) -> int:
         ) from error
 
 
+def moment(text: str, option: str) -> int:
+    """Nanoseconds since the epoch from how long ago (``90s``, ``1h30m``) or a date and time, local if it names no zone.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    import datetime
+    import time
+
+    ago = re.fullmatch(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", text)
+    if ago is not None and text:
+        days, hours, minutes, seconds = (int(part or 0) for part in ago.groups())
+        return time.time_ns() - (((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 10**9
+    try:
+        return int(datetime.datetime.fromisoformat(text).timestamp() * 10**6) * 1000
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(f"{option} {text!r} is no time.", hint=f"{option} 10m, or {option} 2026-01-31T12:00:00") from error
+
+
 def words(text: str, option: str) -> list[str]:
     """A command line in one string, split as a shell splits words; raises UsageError on an open quote."""
     import shlex
