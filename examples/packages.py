@@ -41,21 +41,12 @@ def files(names: list[str], config: Config) -> list[archive.File]:
     return [*MERGED_USR, *_wanted(tar)]
 
 
-def busybox() -> bytes:
-    """A static busybox: this host's if it is one, else that of the package busybox-static."""
+def busybox() -> Path:
+    """This host's static busybox, whose programs the images get."""
     for path in STATIC_BUSYBOX:
-        if path.is_file() and is_static(content := path.read_bytes()):
-            return content
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        process.run(["apt-get", "download", "-q", "busybox-static"], cwd=scratch)
-        package = next(Path(scratch).glob("*.deb"))
-        with tarfile.open(fileobj=io.BytesIO(process.run(["dpkg-deb", "--fsys-tarfile", package]).stdout)) as tar:
-            for member in tar:
-                if member.isreg() and os.path.basename(member.name) == "busybox":
-                    return _content(tar, member)
-    raise ImageError("The package busybox-static holds no busybox.", hint="apt-get install busybox-static")
+        if path.is_file() and is_static(path.read_bytes()):
+            return path
+    raise ImageError("This host has no static busybox, which the images take.", hint="apt-get install busybox-static")
 
 
 def is_static(program: bytes) -> bool:

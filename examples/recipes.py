@@ -46,19 +46,14 @@ def users(*accounts: tuple[str, int, str]) -> list[File]:
 def demo_files() -> list[File]:
     """busybox under all its names, some users, a page for its httpd."""
     busybox = packages.busybox()
-    path = next((p for p in packages.STATIC_BUSYBOX if p.is_file() and p.read_bytes() == busybox), None)
-    applets = (
-        process.run([path, "--list"]).stdout.decode().split()
-        if path
-        else ["sh", "ls", "cat", "echo", "sleep", "httpd", "wget"]
-    )
+    applets = process.run([busybox, "--list"]).stdout.decode().split()
     return [
         *(directory(name) for name in ("bin", "dev", "proc", "sys", "run", "usr", "var", "www")),
         directory("tmp", 0o1777),
         directory("root", 0o700),
         directory("home"),
         directory("home/demo", 0o755, 1000, 1000),
-        File("bin/busybox", busybox, 0o755),
+        File("bin/busybox", busybox.read_bytes(), 0o755),
         *(symlink(f"bin/{applet}", "busybox") for applet in sorted(set(applets) - {"busybox"})),
         *users(("demo", 1000, "/home/demo"), ("www-data", 33, "/www")),
         File("etc/hosts", b"127.0.0.1 localhost\n"),
@@ -82,7 +77,7 @@ def nginx_files() -> list[File]:
         directory("proc"),
         directory("sys"),
         directory("dev"),
-        File("usr/bin/busybox", packages.busybox(), 0o755),
+        File("usr/bin/busybox", packages.busybox().read_bytes(), 0o755),
         symlink("usr/bin/sh", "busybox"),
     ]
 
@@ -100,7 +95,7 @@ def redis_files() -> list[File]:
         directory("proc"),
         directory("sys"),
         directory("dev"),
-        File("usr/bin/busybox", packages.busybox(), 0o755),
+        File("usr/bin/busybox", packages.busybox().read_bytes(), 0o755),
         symlink("usr/bin/sh", "busybox"),
     ]
 

@@ -20,6 +20,7 @@ from fcvm.setup import sources
 GROUPS = {
     "run": [
         "btrfs-progs",
+        "busybox-static",  # for examples/build
         "debian-archive-keyring",
         "e2fsprogs",
         "iproute2",
@@ -37,7 +38,6 @@ GROUPS = {
         "acl",
         "attr",
         "bindfs",
-        "busybox-static",
         "crun",
         "curl",
         "docker-registry",

@@ -53,7 +53,7 @@ def applets(*names: str) -> list[archive.File]:
 
     return [
         archive.directory("bin"),
-        archive.File("bin/busybox", packages.busybox(), 0o755),
+        archive.File("bin/busybox", packages.busybox().read_bytes(), 0o755),
         *(archive.symlink(f"bin/{name}", "busybox") for name in names),
         *(archive.directory(name) for name in ("proc", "sys", "dev", "etc", "run")),
     ]
