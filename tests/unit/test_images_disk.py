@@ -9,12 +9,14 @@ import os
 import shutil
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from images_support import CONFIG, image, lower, read_erofs, upper
 
+from fcvm import process
 from fcvm.errors import ImageError
 from fcvm.images import compression, disk
 
@@ -49,8 +51,6 @@ def write(directory: Path, manifest: disk.Manifest) -> bytes:
 
 
 def zstd(data: bytes) -> bytes:
-    from fcvm import process
-
     return process.run(["zstd", "-q"], input=data).stdout
 
 
@@ -129,6 +129,36 @@ def test_a_damaged_layer(tmp_path: Path, compress: Callable[[bytes], bytes], dam
     for blob in manifest.layers[:1]:
         path = tmp_path / "a" / blob.digest[7:]
         path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ImageError, match="damaged"):
+        write(tmp_path / "a", manifest)
+
+
+def test_xz_may_have_several_streams(tmp_path: Path) -> None:
+    def pieces(data: bytes) -> bytes:  # as pxz writes it, and padded
+        return lzma.compress(data[:1000]) + bytes(8) + lzma.compress(b"") + lzma.compress(data[1000:]) + bytes(4)
+
+    write(tmp_path / "a", unpack(image(tmp_path / "a.tar"), tmp_path / "a", pieces))
+
+
+def test_a_dictionary_larger_than_any_image_has(tmp_path: Path) -> None:
+    manifest = unpack(image(tmp_path / "a.tar"), tmp_path / "a", lzma.compress)
+    path = tmp_path / "a" / manifest.layers[0].digest[7:]
+    packed = bytearray(path.read_bytes())
+    packed[16] = 34  # the block's header, with 512 MiB in LZMA2's only property, and its checksum
+    length = (packed[12] + 1) * 4
+    packed[8 + length : 12 + length] = zlib.crc32(packed[12 : 8 + length]).to_bytes(4, "little")
+    path.write_bytes(packed)
+    assert lzma.decompress(packed) == lower()
+    with pytest.raises(ImageError, match="cannot be decompressed"):
+        write(tmp_path / "a", manifest)
+
+
+def test_a_window_of_zstd_larger_than_any_image_has(tmp_path: Path) -> None:
+    if shutil.which("zstd") is None:
+        pytest.skip("zstd is not installed")
+    packed = process.run(["zstd", "-q", "--ultra", "-1", "--long=28", "--zstd=wlog=28", "-"], input=lower()).stdout
+    assert process.run(["zstd", "-dcq", "--long=31"], input=packed).stdout == lower()
+    manifest = unpack(image(tmp_path / "a.tar"), tmp_path / "a", lambda data: packed if data == lower() else zstd(data))
     with pytest.raises(ImageError, match="damaged"):
         write(tmp_path / "a", manifest)
 

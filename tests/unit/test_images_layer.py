@@ -1,16 +1,22 @@
 """Layers: whiteouts, directories that a layer leaves out, links, and tars that are damaged or hostile."""
 
+import base64
+import gzip
 import io
+import json
+import os
 import stat
 import tarfile
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 
-import images_support  # noqa: F401  (puts examples/ on the path)
+import images_support
 import pytest
 from archive import File, directory, layer, symlink
 
 from fcvm.errors import ImageError
+from fcvm.images import erofs, tar_split, tars
 from fcvm.images import layer as layers
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
 from fcvm.images.layer import OPAQUE_XATTR, Whiteout
@@ -176,6 +182,135 @@ def test_what_linux_has_no_place_for_is_a_damaged_layer(tar: bytes) -> None:
         layers.read(io.BytesIO(tar), Writer(file.fileno()), [])
 
 
+class Endless(io.RawIOBase):
+    """A tar that begins in some way and goes on for ever, as gigabytes of the same are a few kilobytes of gzip."""
+
+    def __init__(self, start: bytes, more: bytes) -> None:
+        self.start, self.more, self.given = start, more, 0
+
+    def read(self, size: int = -1) -> bytes:
+        assert size >= 0
+        self.given += size
+        assert self.given < 200 << 20, "it takes whatever it is given"
+        data, self.start = self.start[:size], self.start[size:]
+        while len(data) < size:
+            self.start = self.more * -(-size // len(self.more))
+            left = size - len(data)
+            data, self.start = data + self.start[:left], self.start[left:]
+        return data
+
+
+def header(name: str = "x", kind: bytes = tarfile.REGTYPE, size: int = 0) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def sparse(isextended: bool) -> bytes:
+    """The header of a sparse file of GNU's older kind."""
+    block = bytearray(header(kind=tarfile.GNUTYPE_SPARSE))
+    block[482], block[483:495] = isextended, b"00000001000\0"
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 8 * 32 + sum(block[156:]))
+    return bytes(block)
+
+
+ONE_BLOCK = strange(pax={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})[:1536]
+HOSTILE = {
+    "pax": (header(kind=tarfile.XHDTYPE, size=1 << 33), b"x"),
+    "pax in small pieces": (b"", strange(pax={"comment": "x" * 1000})[:1536] * 200),
+    "long name": (header(kind=tarfile.GNUTYPE_LONGNAME, size=1 << 33), b"x"),
+    "long link": (header(kind=tarfile.GNUTYPE_LONGLINK, size=1 << 33), b"x"),
+    "sparse map": (ONE_BLOCK + b"99999999999\n", b"0\n"),
+    "older sparse map": (sparse(True), (b"00000001000\0" * 42 + b"\1").ljust(512, b"\0")),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_what_describes_a_file_has_an_end(hostile: str) -> None:
+    stream = Endless(*HOSTILE[hostile])
+    tracemalloc.start()
+    try:
+        with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="damaged"):
+            layers.read(stream, Writer(file.fileno()), [])
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_names_may_be_as_long_as_linux_lets_them(read: Read) -> None:
     tree = read(File("a" * 255, b"1"), File(".wh." + "b" * 255), symlink("l", "x" * 4095))
     assert {len(name) for name in tree.entries} == {255, 1}
+
+
+def test_headers_for_all_files_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "MOST", 100_000)
+    out = io.BytesIO()
+    for number in range(10):
+        with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT, pax_headers={f"key{number}": "x" * 20_000}) as archive:
+            out.write(archive.fileobj.getvalue())  # type: ignore[union-attr]
+        out.write(header())
+    with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="about all of its files"):
+        layers.read(io.BytesIO(out.getvalue()), Writer(file.fileno()), [])
+
+
+def test_a_skipped_file_has_an_end() -> None:
+    whole = header(".wh.gone", size=1 << 33) + b"x"
+    with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="damaged"):
+        layers.read(io.BytesIO(whole), Writer(file.fileno()), [])
+
+
+def holes(size: int, count: int = 1) -> bytes:
+    """A layer of sparse files of which nothing but a byte is there."""
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+    return layer([File(f"f{n}", f"1\n{size - 1}\n1\n".encode().ljust(512, b"\0") + b"e", pax=pax) for n in range(count)])
+
+
+def test_holes_take_no_space() -> None:
+    with tempfile.TemporaryFile() as file:
+        writer = Writer(file.fileno())
+        tree, _ = layers.read(io.BytesIO(holes(50_000_000)), writer, [])
+        assert writer.finish(tree, uuid=bytes(16), time=0) > 50_000_000
+        assert os.fstat(file.fileno()).st_blocks * 512 < 1_000_000
+        file.seek(0)
+        assert images_support.read_erofs(file.read())["/f0"].content == bytes(49_999_999) + b"e"
+
+
+def test_sparse_files_have_an_end() -> None:
+    for tar in (holes(1 << 60), holes(17 << 30)):
+        with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="sparse files have more than 16 GiB"):
+            layers.read(io.BytesIO(tar), Writer(file.fileno()), [])
+
+
+def test_many_small_sparse_files_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MOST_SPARSE", 100_000)
+    with tempfile.TemporaryFile() as file, pytest.raises(ImageError, match="sparse"):
+        layers.read(io.BytesIO(holes(30_000, count=4)), Writer(file.fileno()), [])
+
+
+@pytest.mark.parametrize("files", [[File(f"file{n}") for n in range(200)], [File("a/" * 200 + "f")], [File("f", pax={"SCHILY.xattr.user.a": "x" * 60_000}), File("g", pax={"SCHILY.xattr.user.a": "x" * 60_000})]])  # fmt: skip
+def test_names_and_attributes_have_an_end(read: Read, files: list[File], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erofs, "MOST_HELD", 100_000)
+    with pytest.raises(ImageError, match="more names"):
+        read(*files)
+
+
+def test_the_record_of_a_tar_has_an_end(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_split, "MOST", 10_000)
+    with pytest.raises(ImageError, match="beside the contents"):
+        read(*(File(os.urandom(20).hex()) for _ in range(2000)), File("last", b"1"))
+
+
+def test_the_content_of_a_sparse_file_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_split, "FLUSH", 1 << 20)
+    size = 100 << 20
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+    tar = layer([File("f", f"1\n0\n{size}\n".encode().ljust(512, b"\0") + bytes(size), pax=pax)])
+    tracemalloc.start()
+    try:
+        with tempfile.TemporaryFile() as file:
+            _, record = layers.read(io.BytesIO(tar), Writer(file.fileno()), [])
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
+    segments = [json.loads(line)["payload"] for line in gzip.decompress(record).splitlines()]
+    assert b"".join(map(base64.b64decode, segments)) == tar

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from images_support import archive, image
 
 from fcvm.errors import ImageError, NotFoundError, UsageError
-from fcvm.images import load, oci_archive
+from fcvm.images import load, oci_archive, tars
 from fcvm.images.reference import Reference
 
 
@@ -79,6 +80,28 @@ def test_an_index_without_end_is_no_image(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_archive_of_nothing_but_long_names_is_no_image(tmp_path: Path) -> None:
     member = tarfile.TarInfo("x" * 200)
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT)[:1024] * 3000)
+    with pytest.raises(ImageError, match="damaged, or not an image"):
+        load.contents(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+def test_what_describes_a_file_of_an_archive_has_an_end(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 100 << 20
+    (tmp_path / "a.tar").write_bytes(compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(member.size)))
+    tracemalloc.start()
+    try:
+        for read in (load.contents, lambda path: oci_archive.unpack(Reference("oci-archive", str(path), str(path)), tmp_path / "o")):
+            with pytest.raises(ImageError, match="damaged"):
+                read(tmp_path / "a.tar")
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_of_countless_files_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "MOST_MEMBERS", 100)
+    (tmp_path / "a.tar").write_bytes(tarfile.TarInfo("manifest.json").tobuf() * 101)
     with pytest.raises(ImageError, match="damaged, or not an image"):
         load.contents(tmp_path / "a.tar")
 

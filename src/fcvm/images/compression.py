@@ -21,6 +21,11 @@ NONE, BZIP2, GZIP, XZ, ZSTD = range(5)
 MAGIC = ((b"BZh", BZIP2), (b"\x1f\x8b\x08", GZIP), (b"\xfd7zXZ\0", XZ), (b"\x28\xb5\x2f\xfd", ZSTD))
 
 
+# Bytes of memory for an xz stream: its dictionary, for the most part, which is 64 MiB with `xz -9`. The program zstd has a limit
+# of its own (128 MiB, the most without `--ultra --long`), bzip2 and gzip have small windows.
+MOST_WINDOW = 256 << 20
+
+
 class LayerStream(io.RawIOBase):
     """The uncompressed content of a layer; ``kind`` is how it was compressed."""
 
@@ -72,6 +77,40 @@ class _Counted(io.RawIOBase):
         buffer[: len(data)] = data
         return len(data)
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(position, whence)
+
+
+class _Xz(io.RawIOBase):
+    """The content of an xz file, which may have several streams: an LZMAFile takes any dictionary."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_WINDOW)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")  # between streams there may be zeros
+                while not packed:
+                    if not (more := self._file.read(BUFFER)):
+                        return 0
+                    packed = more.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_WINDOW)
+            elif self._stream.needs_input and not (packed := self._file.read(BUFFER)):
+                raise EOFError
+            data = self._stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
 
 @contextmanager
 def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerStream]:
@@ -84,6 +123,18 @@ def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerS
         ImageError: on the way, if the blob is damaged.
         HostError: it is compressed with zstd and that program is not installed.
     """
+    with decompressed(path, progress) as (content, kind):
+        try:
+            yield LayerStream(content, kind)
+        except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+            if getattr(error, "errno", None) is not None:  # not the blob's fault: no space left, for example
+                raise
+            raise ImageError("A layer of the image is damaged: it cannot be decompressed.") from error
+
+
+@contextmanager
+def decompressed(path: Path, progress: Callable[[int], object] = lambda done: None) -> Iterator[tuple[IO[bytes], int]]:
+    """The content of a file that may be compressed, and how it is; errors are those of the modules that decompress."""
     with path.open("rb", buffering=0) as blob:
         magic = blob.read(6)
         blob.seek(0)
@@ -92,7 +143,7 @@ def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerS
             with process.spawn([process.find("zstd"), "-dcq"], stdin=blob, stdout=-1) as child:
                 assert child.stdout is not None
                 try:
-                    yield LayerStream(child.stdout, kind)
+                    yield child.stdout, kind
                     progress(path.stat().st_size)
                 finally:
                     child.kill()
@@ -101,12 +152,6 @@ def open_layer(path: Path, progress: Callable[[int], object]) -> Iterator[LayerS
         openers: dict[int, Callable[[IO[bytes]], object]] = {
             BZIP2: bz2.BZ2File,
             GZIP: lambda file: gzip.GzipFile(fileobj=file),
-            XZ: lzma.LZMAFile,
+            XZ: lambda file: io.BufferedReader(_Xz(file), BUFFER),
         }
-        content = cast(IO[bytes], openers[kind](counted) if kind in openers else counted)
-        try:
-            yield LayerStream(content, kind)
-        except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
-            if getattr(error, "errno", None) is not None:  # not the blob's fault: no space left, for example
-                raise
-            raise ImageError("A layer of the image is damaged: it cannot be decompressed.") from error
+        yield cast(IO[bytes], openers[kind](counted) if kind in openers else counted), kind

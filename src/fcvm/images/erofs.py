@@ -40,6 +40,8 @@ FILE_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFCHR: 3, stat.S_IFBLK: 4
 XATTR_PREFIXES = {b"user.": 1, b"system.posix_acl_access": 2, b"system.posix_acl_default": 3,
                   b"trusted.": 4, b"security.": 6}  # fmt: skip
 COPY_SIZE = 1 << 20
+ZEROS = bytes(COPY_SIZE)
+MOST_HELD = 4 << 30  # bytes of memory that a tree may take: some millions of files
 # A longer tail gets a block of its own rather than a new inode block that would be almost only tail.
 LONGEST_TAIL_IN_NEW_BLOCK = 2048
 
@@ -82,7 +84,14 @@ class Writer:
         self._fd = fd
         self._next_block = 1
         self._inodes = 0
+        self._held = 0
         self._cursor = ROOT_INODE + SLOT * 2  # where the next inode goes; behind the root's in block 0
+
+    def hold(self, size: int) -> None:
+        """Count what the tree is to take in memory; raises ValueError when that is more than an image may."""
+        self._held += size
+        if self._held > MOST_HELD:
+            raise ValueError("it has more names than this host should keep in memory")
 
     def add_file(self, node: Node, size: int, read: Callable[[int], bytes]) -> None:
         """A regular file of ``size`` bytes, which ``read(n)`` delivers (EOFError if it ends before)."""
@@ -92,7 +101,8 @@ class Writer:
             data = read(min(COPY_SIZE, left))
             if not data:
                 raise EOFError
-            self._write(position, data)
+            if not ZEROS.startswith(data):  # what nobody writes is zero as well, and takes no space
+                self._write(position, data)
             position, left = position + len(data), left - len(data)
         tail = bytearray()
         while inline and len(tail) < size % BLOCK:

@@ -12,13 +12,13 @@ import posixpath
 import stat
 import struct
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import IO, cast
 
 from fcvm.errors import ImageError
-from fcvm.images import tar_split
+from fcvm.images import tar_split, tars
 from fcvm.images.erofs import Directory, Node, Symlink, Writer
 
 WHITEOUT = b".wh."
@@ -29,7 +29,9 @@ XATTR_HEADER = "SCHILY.xattr."
 MOST_SYMLINKS = 40  # as in Linux
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes (<linux/limits.h>)
 LATEST = 1 << 63  # seconds
-BUFFER = 1 << 16  # bytes; tarfile copies what is left of it at every read
+MOST_SPARSE = 16 << 30  # bytes of a layer's sparse files, holes included: these cost a hostile image nothing
+NODE = 512  # bytes of memory that a file takes beside its name and attributes, about
+BUFFER = 1 << 20  # bytes
 
 Read = Callable[[int], bytes]
 
@@ -52,11 +54,17 @@ class Layer:
         self.writer = writer
         self.below = below
         self.root = Directory(stat.S_IFDIR | 0o755)
+        self.sparse = 0  # bytes of sparse files so far
         if below:
             _copy_attributes(below[0], self.root)
 
     def add(self, member: tarfile.TarInfo, content: Read | None) -> None:
         """Add one entry of the tar."""
+        self.writer.hold(NODE + len(member.name) + len(member.linkname) + sum(map(len, member.pax_headers.values())))
+        if member.issparse():
+            self.sparse += member.size
+            if self.sparse > MOST_SPARSE:
+                raise ValueError(f"its sparse files have more than {MOST_SPARSE >> 30} GiB")
         parts = _parts(member.name)
         if not parts:
             if member.isdir():
@@ -151,6 +159,7 @@ class Layer:
                 continue
             path.append(part)
             if child is None or isinstance(child, Whiteout):
+                self.writer.hold(NODE)
                 made = Directory(stat.S_IFDIR | 0o755, xattrs={OPAQUE_XATTR: b"y"} if child else {})
                 self._inherit(made, path)
                 directory.entries[part] = child = made
@@ -182,14 +191,13 @@ def read(stream: io.RawIOBase, writer: Writer, below: Sequence[Directory]) -> tu
     layer, recorder = Layer(writer, below), tar_split.Recorder()
     source = cast(IO[bytes], _Recorded(stream, recorder))
     try:
-        with tarfile.open(fileobj=source, mode="r|", bufsize=BUFFER, encoding="utf-8", errors="surrogateescape") as tar:
-            for member in _members(tar):
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is None or not member.size or member.issparse() or WHITEOUT in _bytes(member.name):
-                    layer.add(member, content.read if content else None)
-                else:
-                    layer.add(member, recorder.file(member.name, member.offset_data, member.size, content.read))
-                    recorder.end()
+        for member, content in tars.members(source):
+            if content is None or not member.size or member.issparse() or WHITEOUT in _bytes(member.name):
+                layer.add(member, recorder.passing(content.read) if content else None)
+            else:
+                layer.add(member, recorder.file(member.name, member.offset_data, member.size, content.read))
+                recorder.end()
+            recorder.flush()
         while source.read(BUFFER):
             recorder.flush()
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError, struct.error, RecursionError) as error:
@@ -208,12 +216,6 @@ class _Recorded(io.RawIOBase):
         data = self._stream.read(size) or b""
         self._recorder.feed(data)
         return data
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        yield member
-        tar.members = []  # type: ignore[attr-defined]  # or it would keep every one
 
 
 def _parts(name: str) -> list[bytes]:

@@ -2,12 +2,11 @@
 
 import json
 import os
-import tarfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from fcvm.errors import ImageError, NotFoundError, UsageError
-from fcvm.images import make, reference, store
+from fcvm.images import make, reference, store, tars
 from fcvm.images.oci_archive import UNREADABLE
 from fcvm.images.reference import FILE_TRANSPORTS, LOCALHOST, Reference
 from fcvm.images.store import Image
@@ -139,8 +138,7 @@ def _kind(path: Path) -> str:
 
 def _members(path: Path) -> set[str]:
     try:
-        with tarfile.open(path) as tar:
-            return {os.path.normpath(name) for name in tar.getnames()}
+        return {os.path.normpath(member.name) for member, _ in tars.archive(path)}
     except (*UNREADABLE, OSError) as error:
         raise _no_image(path) from error
 
@@ -150,15 +148,13 @@ def _document(path: Path, name: str) -> Any:
     try:
         if path.is_dir():
             return json.loads((path / name).read_bytes())
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if os.path.normpath(member.name) == name:
-                    content: IO[bytes] | None = tar.extractfile(member)
-                    text = content.read(MOST + 1) if content else b""
-                    if len(text) > MOST:
-                        raise ValueError(f"{name} is too long")
-                    return json.loads(text)
-    except (*UNREADABLE, OSError, ValueError) as error:
+        for member, content in tars.archive(path):
+            if os.path.normpath(member.name) == name:
+                text = content.read(MOST + 1) if content else b""
+                if len(text) > MOST:
+                    raise ValueError(f"{name} is too long")
+                return json.loads(text)
+    except (*UNREADABLE, OSError) as error:
         raise _no_image(path) from error
     raise _no_image(path)
 

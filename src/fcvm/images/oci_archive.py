@@ -14,10 +14,11 @@ from pathlib import Path
 
 from fc_agent.structs import replace
 from fcvm.errors import ImageError
+from fcvm.images import tars
 from fcvm.images.reference import Reference
 
 # What Python says of a tar that is damaged; bz2 says it by an OSError without a number.
-UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RecursionError)
+UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RecursionError)
 
 FILES = re.compile(r"oci-layout|index\.json|blobs/[a-z0-9]+/[a-f0-9]+")
 
@@ -30,15 +31,13 @@ def unpack(archive: Reference, directory: Path) -> Reference:
     """
     directory.mkdir()
     try:
-        with tarfile.open(archive.path) as tar:
-            for member in tar:
-                name = os.path.normpath(member.name)
-                content = tar.extractfile(member) if member.isreg() and FILES.fullmatch(name) else None
-                if content is not None:
-                    target = directory / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with target.open("wb") as file:
-                        shutil.copyfileobj(content, file, 1 << 20)
+        for member, content in tars.archive(Path(archive.path)):
+            name = os.path.normpath(member.name)
+            if content is not None and not member.issparse() and FILES.fullmatch(name):
+                target = directory / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
     except (*UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, for example
             raise

@@ -16,7 +16,8 @@ from typing import Any
 from fcvm.images.crc64 import crc64
 
 FILE, SEGMENT = 1, 2
-FLUSH = 1 << 20  # bytes of a segment that are kept in memory
+FLUSH = 64 << 20  # bytes of a segment that are kept in memory
+MOST = 1 << 30  # bytes of a record; it is about a hundredth of the layer
 
 
 class Recorder:
@@ -51,6 +52,16 @@ class Recorder:
 
         return reading
 
+    def passing(self, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+        """The same for a file whose content the record is to hold itself."""
+
+        def reading(count: int) -> bytes:
+            data = read(count)
+            self.flush()
+            return data
+
+        return reading
+
     def end(self) -> None:
         """The content of the file has been read."""
         name, size = self._file
@@ -80,6 +91,8 @@ class Recorder:
     def _entry(self, entry: dict[str, Any]) -> None:
         self._out.write(json.dumps(entry | {"position": self._position}, separators=(",", ":")).encode() + b"\n")
         self._position += 1
+        if self._packed.tell() > MOST:
+            raise ValueError("it holds too much beside the contents of its files")
 
 
 def _base64(data: bytes) -> str:
