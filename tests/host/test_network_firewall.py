@@ -1,5 +1,6 @@
 """Bridged networks beside other firewalls, on a host (a namespace) whose FORWARD chains really drop."""
 
+import fcntl
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from network_world import HOST_IP, LAN_IP, TIMEOUT, FakeGuest, World, needs_root
 
+from fcvm import process
 from fcvm.errors import NetworkError
 from fcvm.linux import nft
 from fcvm.network import firewall, host, spec
@@ -128,6 +130,22 @@ def test_beside_the_older_iptables(world: World) -> None:
     assert "-i fcvm+" in world.host.shell("iptables-legacy -S DOCKER-USER")
     world.close()
     assert "fcvm" not in before
+
+
+@pytest.mark.skipif(shutil.which("iptables-legacy", path="/usr/sbin:/sbin") is None, reason="no iptables-legacy")
+def test_somebody_keeps_the_lock_of_the_older_iptables(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = DOCKER.replace("iptables", "iptables-legacy")
+    world.host.shell(rules)
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
+    monkeypatch.setattr(process, "KEEP_ENVIRONMENT", (*process.KEEP_ENVIRONMENT, "XTABLES_LOCKFILE"))
+    monkeypatch.setattr(firewall, "_PATIENCE", 1)
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(NetworkError, match="has held the lock of iptables-legacy's tables"):
+            start(world)
+        assert "fcvm" not in world.host.shell("XTABLES_LOCKFILE=/dev/null iptables-legacy -S")
+    network, guest = start(world, "vm2")
+    works(world, network, guest)
 
 
 def test_a_chain_that_drops_others_is_left_alone(world: World) -> None:

@@ -31,6 +31,9 @@ DOCKER_USER = "DOCKER-USER"
 INTERFACES = f"{PREFIX}*"
 # the kernel's older, "legacy" tables: the program, and where it is seen that they are in use
 LEGACY = {nft.IPV4: ("iptables-legacy", "ip_tables_names"), nft.IPV6: ("ip6tables-legacy", "ip6_tables_names")}
+XTABLES_LOCK = "/run/xtables.lock"
+_LOCKED = 4  # RESOURCE_PROBLEM of <xtables.h>
+_PATIENCE = 5  # seconds; a change takes milliseconds, a large restore some seconds
 # what a rule consists of that matches everything and ends badly
 _UNCONDITIONAL = {"counter", "log", "limit", "immediate", "reject"}
 _EVENT = 1 << 16  # bytes
@@ -187,7 +190,7 @@ def _insert_legacy(program: str) -> list[str]:
     chain = DOCKER_USER if f"-j {DOCKER_USER}" in listed else "FORWARD"
     missing = [rule for rule in _legacy_rules() if _legacy(program, "-C", chain, *rule) is None]
     for rule in missing:
-        process.run([program, "-w", "-I", chain, *rule])
+        _legacy(program, "-I", chain, *rule, check=True)
     return [f"{program} {chain}"] if missing else []
 
 
@@ -198,7 +201,19 @@ def _remove_legacy(program: str) -> None:
                 pass
 
 
-def _legacy(program: str, *arguments: str) -> str | None:
-    """What the program prints; None if it fails."""
-    done = process.run([program, "-w", *arguments], check=False)
+def _legacy(program: str, *arguments: str, check: bool = False) -> str | None:
+    """What the program prints; None if it fails.
+
+    Raises:
+        ProcessError: it fails, and ``check`` is set.
+        NetworkError: somebody else has the tables, and keeps them.
+    """
+    done = process.run([program, "-w", str(_PATIENCE), *arguments], check=False)
+    if done.returncode == _LOCKED:
+        raise NetworkError(
+            f"Another program has held the lock of {program}'s tables, {XTABLES_LOCK}, for {_PATIENCE} seconds.",
+            hint=f"fuser -v {XTABLES_LOCK} says which; or use --network rootless",
+        )
+    if check and done.returncode != 0:
+        raise process.failure(done.args, done.returncode, done.stderr)
     return done.stdout.decode() if done.returncode == 0 else None
