@@ -15,6 +15,7 @@ from fcvm.errors import ConflictError, NetworkError
 from fcvm.network import attach, refusals, spec
 from fcvm.network.attach import Network
 from fcvm.network.publish import parse
+from fcvm.network.slirp import Slirp
 
 pytestmark = needs_root
 GATEWAY, RESOLVER = "10.0.2.2", "10.0.2.3"
@@ -305,6 +306,26 @@ def test_publishing_on_a_running_vm(world: World, start: Start) -> None:
     with pytest.raises(ConflictError):
         world.host.run(lambda: network.publish(parse(f"{later.host_port}:82")))
     assert len(network.describe()["ports"]) == 2
+
+
+def test_publishing_is_all_or_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = world.network(spec.parse("rootless"))
+    forward, forwarded = Slirp.forward, []
+
+    def refuse_the_second(self: Slirp, *words: object) -> int:
+        if forwarded:
+            raise NetworkError("slirp4netns refused.")
+        forwarded.append(words[1])
+        return forward(self, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Slirp, "forward", refuse_the_second)
+    with pytest.raises(NetworkError, match="refused"):
+        world.host.run(lambda: network.publish(parse("53/udp,80,81")))
+    assert network.describe()["ports"] == []
+    (port,) = forwarded
+    assert not world.host.reachable("127.0.0.1", port)
+    monkeypatch.undo()
+    world.host.run(lambda: network.publish(parse(f"{port}:80,{port}:53/udp")))
 
 
 def test_publishing_on_a_vm_that_had_no_ports(world: World, start: Start) -> None:

@@ -63,18 +63,22 @@ class Rootless(Struct):
 
         TCP by slirp4netns, which shows the guest who connects, and IPv6 by a relay to slirp4netns; UDP by a relay.
         """
+        behind: list[tuple[socket.socket, relay.Target]] = []
+        with ExitStack() as undo:  # all of what may be refused comes first
+            for reservation in reservations:
+                if reservation.publish.protocol == "tcp":
+                    target = self._forward(reservation, undo)
+                    behind += [(held, target) for held in reservation.sockets if held.family == socket.AF_INET6]
+            undo.pop_all()
+        for held, target in behind:
+            relay.start(loop, held, [target])
         for reservation in reservations:
             if reservation.publish.protocol == "udp":
                 to_guest = relay.target(str(guest.ADDRESS.ip), reservation.publish.guest_port)
                 for held in reservation.sockets:
                     relay.udp(loop, held, to_guest, self._datagram)
-            else:
-                target = self._forward(reservation)
-                for held in reservation.sockets:
-                    if held.family == socket.AF_INET6:
-                        relay.start(loop, held, [target])
 
-    def _forward(self, reservation: Reservation) -> relay.Target:
+    def _forward(self, reservation: Reservation, undo: ExitStack) -> relay.Target:
         """Have slirp4netns listen for a port, and say where."""
         publish = reservation.publish
         ip, port = _ANY.get(publish.host_ip, publish.host_ip), publish.host_port
@@ -85,7 +89,8 @@ class Rootless(Struct):
         for held in reservation.sockets:
             if held.family == socket.AF_INET:
                 held.close()  # it binds the port itself
-        self.slirp.forward(ip, port, str(self.uplink.address.ip), publish.guest_port)
+        number = self.slirp.forward(ip, port, str(self.uplink.address.ip), publish.guest_port)
+        undo.callback(self.slirp.forget, number)
         return relay.target("127.0.0.1" if ip == "0.0.0.0" else ip, port)
 
     def _datagram(self) -> socket.socket:

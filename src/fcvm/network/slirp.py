@@ -12,7 +12,7 @@ import select
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -44,8 +44,8 @@ class Slirp(Struct):
     pidfd: int
     directory: Path
 
-    def forward(self, host_ip: str, host_port: int, guest_ip: str, guest_port: int) -> None:
-        """Have it listen on the host: IPv4 and TCP only.
+    def forward(self, host_ip: str, host_port: int, guest_ip: str, guest_port: int) -> int:
+        """Have it listen on the host, IPv4 and TCP only; returns what to ``forget``.
 
         For UDP, libslirp (4.7) remembers the client that was answered last in the socket that listens, and after a client
         from elsewhere those on the host's loopback are no longer understood.
@@ -53,7 +53,7 @@ class Slirp(Struct):
         Raises:
             NetworkError: it refuses: the port is in use, say.
         """
-        self._request(
+        answer = self._request(
             "add_hostfwd",
             proto="tcp",
             host_addr=host_ip,
@@ -61,6 +61,12 @@ class Slirp(Struct):
             guest_addr=guest_ip,
             guest_port=guest_port,
         )
+        return int(answer["id"])
+
+    def forget(self, number: int) -> None:
+        """Have it listen there no more; nothing, if it is not there any more itself."""
+        with suppress(NetworkError):
+            self._request("remove_hostfwd", id=number)
 
     def _request(self, command: str, **arguments: Any) -> Any:
         """One request a connection, ended by shutting it down, as slirp4netns(1) has it."""
