@@ -26,6 +26,8 @@ one, and knows the exit code of the command that it ends. Exit codes follow Podm
     └── MachineError        the emulated host does not start or answer
 """
 
+OPEN_FILES = "ulimit -n says how many a process may have open, sysctl fs.file-nr how many all have and may"  # a hint
+
 
 class FcvmError(Exception):
     """Base of all deliberate errors: ``message`` for the user, optional ``hint``, and the process's ``exit_code``."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from fcvm import __version__
-from fcvm.errors import FcvmError, UsageError
+from fcvm.errors import OPEN_FILES, FcvmError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ def guarded(command: Callable[[], int]) -> int:
         if os.environ.get("FCVM_LOG") == "debug":
             raise
         where = f"{error.filename}: " if error.filename else ""
-        hint = "df -h" if error.errno == errno.ENOSPC else "FCVM_LOG=debug shows where this came from"
+        hints = {errno.ENOSPC: "df -h", errno.EMFILE: OPEN_FILES, errno.ENFILE: OPEN_FILES}
+        hint = hints.get(error.errno or 0, "FCVM_LOG=debug shows where this came from")
         report(FcvmError(f"{where}{error.strerror or error}.", hint=hint))
         return FcvmError.exit_code
     except Exception:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fc_agent.structs import Struct
-from fcvm.errors import FcvmError, HostError
+from fcvm.errors import OPEN_FILES, FcvmError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,12 +105,18 @@ def create(build: Callable[[], list[int]], *, user: bool) -> tuple[Namespace, li
         HostError: this host does not let us make one; the hint says what to change.
     """
 
-    def furnish() -> list[int]:  # our own fds come last, so that none is left open when build fails
-        if user:
-            _unshare_user()
-            return [*build(), current(), os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)]
-        _unshare_net()
-        return [*build(), current()]
+    def furnish() -> list[int]:
+        (_unshare_user if user else _unshare_net)()
+        own: list[int] = []
+        try:  # build last: nobody else closes what it has opened
+            own.append(current())
+            if user:
+                own.append(os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+            return [*build(), *own]
+        except BaseException:
+            for fd in own:
+                os.close(fd)
+            raise
 
     if user:
         (*fds, net, owner) = _in_child(furnish)
@@ -258,6 +264,8 @@ def refusal(number: int, *, user: bool, sysctl: Path = Path("/proc/sys")) -> Hos
             f"This host has no room for {what}: a limit of user.max_*_namespaces is reached.",
             hint="sysctl user.max_user_namespaces user.max_net_namespaces",
         )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return HostError(f"There are too many open files to make {what}.", hint=OPEN_FILES)
     if number == errno.EINVAL:
         return HostError(f"This host's kernel cannot make {what}.")
     if not user:
