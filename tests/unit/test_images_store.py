@@ -276,3 +276,12 @@ def test_scratch_directories_that_go_while_they_are_swept(layout: Layout, monkey
         monkeypatch.setattr(Path, "glob", lambda *_: [path.with_name("gone"), path])
         work.sweep(layout)
         assert path.exists()
+
+
+def test_a_list_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "names.json", []
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((Path(f"/proc/self/fd/{fd}").read_text(), path.read_text())))
+    store.write_atomically(path, "new")
+    assert synced == [("new", "old")]
+    assert path.read_text() == "new"

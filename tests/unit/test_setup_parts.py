@@ -158,6 +158,15 @@ def test_a_directory_that_is_there_already_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_published_is_on_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/small").write_text("content")
+    synced = []
+    monkeypatch.setattr(workspace, "syncfs", lambda fd: synced.append((os.readlink(f"/proc/self/fd/{fd}"), os.listdir(fd), (tmp_path / "old").exists())))
+    workspace.publish(tmp_path / "new", tmp_path / "old")
+    assert synced == [(str(tmp_path / "new"), ["small"], False)]
+
+
 def test_too_little_space_is_told_before_anything_is_done(tmp_path: Path) -> None:
     workspace.require_space(tmp_path, 1)
     with pytest.raises(HostError, match="Too little space"):

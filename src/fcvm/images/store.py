@@ -245,10 +245,13 @@ def prune(layout: Layout, *, everything: bool = False, used: Collection[str] = (
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file; a reader sees the old or the new content."""
+    """Replace a small file; a reader sees the old or the new content, after a power cut as well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         remove(temporary)
