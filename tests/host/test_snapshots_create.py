@@ -1,5 +1,6 @@
 """Snapshots of real VMs: consistent, complete, small, and never at the cost of the VM that they are of."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -156,7 +157,49 @@ def test_vm_restored_without_dirty_tracking_gets_a_full_snapshot(tmp_path: Path,
         with Guest(tmp_path / "clone") as guest:
             guest.fill(FIRST, 10, seed=2)
         assert create.take(layout, "again", vmm, baremetal.manifest(vmm)).kind == "Full"
+        with Guest(tmp_path / "clone") as guest:
+            guest.fill(FIRST, 5, seed=3)
+        assert create.take(layout, "and-again", vmm, baremetal.manifest(vmm)).kind == "Full"
     memory = store.find(layout, "again").memory
+    assert baremetal.wrong_in_file(memory, FIRST, 10, seed=2) == 0
+    assert baremetal.wrong_in_file(memory, FIRST + 10, PAGES - 10, seed=1) == 0
+    memory = store.find(layout, "and-again").memory
+    assert baremetal.wrong_in_file(memory, FIRST, 5, seed=3) == 0
+    assert baremetal.wrong_in_file(memory, FIRST + 5, 5, seed=2) == 0
+    assert memory.stat().st_nlink == 1, "the VM keeps no memory file that it has no use for"
+
+
+def test_vm_booted_without_dirty_tracking_gets_full_snapshots(tmp_path: Path, layout: Layout) -> None:
+    with baremetal.booted(tmp_path / "vm", dirty_tracking=False) as vmm:
+        for seed in (1, 2, 3):
+            with Guest(tmp_path / "vm") as guest:
+                guest.fill(FIRST, PAGES, seed=seed)
+            tag = f"number-{seed}"
+            assert create.take(layout, tag, vmm, baremetal.manifest(vmm)).kind == "Full"
+            assert baremetal.wrong_in_file(store.find(layout, tag).memory, FIRST, PAGES, seed=seed) == 0
+
+
+def test_after_a_snapshot_that_did_not_reach_the_disk_the_next_one_is_of_all_memory(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what of the failed one's file can be read again, and its pages count as clean."""
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with baremetal.booted(tmp_path / "vm") as vmm:
+        with Guest(tmp_path / "vm") as guest:
+            guest.fill(FIRST, PAGES, seed=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(SnapshotError, match="Input/output error"):
+                create.take(layout, "lost", vmm, baremetal.manifest(vmm))
+        assert create.take(layout, "next", vmm, baremetal.manifest(vmm)).kind == "Full"
+        assert baremetal.wrong_in_file(store.find(layout, "next").memory, FIRST, PAGES, seed=1) == 0
+        with Guest(tmp_path / "vm") as guest:
+            guest.fill(FIRST, 10, seed=2)
+        assert create.take(layout, "last", vmm, baremetal.manifest(vmm)).kind == "Diff"
+    memory = store.find(layout, "last").memory
     assert baremetal.wrong_in_file(memory, FIRST, 10, seed=2) == 0
     assert baremetal.wrong_in_file(memory, FIRST + 10, PAGES - 10, seed=1) == 0
 
@@ -234,7 +277,7 @@ with baremetal.booted(vm) as vmm:
     elif point == "cloned":
         create.Manifest.write = die
     elif point == "complete":
-        store._sync = die
+        Path.chmod = die
     baremetal.snapshot(layout, "warm", vmm)
 """
 

@@ -296,8 +296,8 @@ class Vmm:
         self.fails = fails
         self.api = self
 
-    def get(self, _path: str) -> dict[str, str]:
-        return {"state": "Running"}
+    def get(self, _path: str) -> dict[str, object]:
+        return {"state": "Running", "track_dirty_pages": True}
 
     def patch(self, _path: str, _body: object) -> None:
         pass

@@ -23,6 +23,15 @@ def reflink(source: int, destination: int) -> bool:
     return True
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's entries, are on the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def extents(fd: int) -> Iterator[tuple[int, int]]:
     """Where a sparse file holds data: start and end offsets, in bytes."""
     end = 0

@@ -5,7 +5,8 @@ with dirty tracking has touched all of its memory's content, so its first snapsh
 later one is relative to the memory file before, or to the one it was restored from; Firecracker writes a Diff *into*
 an existing file, so given a reflink of that file it makes a complete one that shares all unchanged blocks (seen with
 1.12: tests/host/test_snapshots_create.py). The file that the dirty pages are relative to is kept as a hard link,
-``memory.base``, in the VM's directory; where it is not known, ``memory.unknown`` lies there and a Full one is taken.
+``memory.base``, in the VM's directory, once its content is on the disk; where it is not known, ``memory.unknown`` lies
+there and a Full one is taken. All snapshots of a VM without dirty tracking are Full, and it keeps no such file.
 
 Slow work is done before the pause: writing back the disk's dirty pages (a reflink waits for that), and copying the
 base where the file system has no reflinks.
@@ -108,13 +109,16 @@ def create(
     """
     try:
         started = time.monotonic()
-        kind = _prepare(directory, destination / store.MEMORY)
+        memory = destination / store.MEMORY
+        tracked = vmm.api.get("/machine-config")["track_dirty_pages"]
+        kind = _prepare(directory, memory, tracked=tracked)
+        relative_to(directory, None)  # whatever is written from now on counts as clean, and is in this snapshot alone
         begin = time.monotonic()
         with still or contextlib.nullcontext():
             try:
                 with paused(vmm):
                     frozen = time.monotonic()
-                    _write(vmm, kind, directory, destination)
+                    _write(vmm, kind, destination)
                     wrote = time.monotonic()
                     files.clone(directory / SCRATCH_DISK, destination / store.SCRATCH)
                     cloned = time.monotonic()
@@ -124,7 +128,10 @@ def create(
         end = time.monotonic()
         (destination / store.VOLUMES).write_text(json.dumps(states) + "\n")
         if kind == "Full":
-            holes.dig(destination / store.MEMORY)
+            holes.dig(memory)
+        files.sync(memory)
+        if tracked:
+            relative_to(directory, memory)
     except OSError as error:
         raise store.write_error(error, destination) from error
     return Timings(kind, prepare=begin - started, write=wrote - frozen, disk=cloned - wrote, paused=end - begin)
@@ -145,45 +152,39 @@ def paused(vmm: Firecracker) -> Iterator[None]:
 
 def relative_to(directory: Path, memory: Path | None) -> None:
     """Note what the dirty pages of the VM in ``directory`` are relative to from now on; None: not known."""
+    (directory / UNKNOWN).touch()  # first: on a full disk, where this fails, it is still what it was
     (directory / BASE).unlink(missing_ok=True)
     if memory is not None:
-        try:
+        with contextlib.suppress(OSError):  # another file system
             os.link(memory, directory / BASE)
-            (directory / UNKNOWN).unlink(missing_ok=True)
-            return
-        except OSError:  # another file system
-            pass
-    (directory / UNKNOWN).touch()
+            (directory / UNKNOWN).unlink()
 
 
-def _prepare(directory: Path, memory: Path) -> str:
+def _prepare(directory: Path, memory: Path, *, tracked: bool) -> str:
     """All that can be done while the VM runs; returns the kind of snapshot to ask for."""
     disk = os.open(directory / SCRATCH_DISK, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fdatasync(disk)
     finally:
         os.close(disk)
-    if (directory / UNKNOWN).exists():
+    if not tracked or (directory / UNKNOWN).exists():
         return "Full"
     if (directory / BASE).exists():
         files.clone(directory / BASE, memory)
     return "Diff"
 
 
-def _write(vmm: Firecracker, kind: str, directory: Path, destination: Path) -> None:
-    memory = destination / store.MEMORY
+def _write(vmm: Firecracker, kind: str, destination: Path) -> None:
     request = {
         "snapshot_type": kind,
         "snapshot_path": str(destination / store.VMSTATE),
-        "mem_file_path": str(memory),
+        "mem_file_path": str(destination / store.MEMORY),
     }
     try:
         vmm.api.put("/snapshot/create", request, timeout=WRITE_TIMEOUT)
     except FirecrackerError as error:
-        relative_to(directory, None)  # some of the dirty pages may have been written, and count as clean now
         if "os error 28" in error.message:  # ENOSPC
             raise store.full(destination) from error
         if vmm.ended():
             raise
         raise SnapshotError(f"The snapshot cannot be taken: {error.message}") from error
-    relative_to(directory, memory)

@@ -110,7 +110,8 @@ def send_load(
 ) -> None:
     """Only send: most of a load is one sleeping ioctl, so many clones load in the time of one."""
     (vmm.directory / VSOCK).unlink(missing_ok=True)  # one that is there makes the load fail
-    create.relative_to(vmm.directory, snapshot.memory if dirty_tracking else None)
+    if dirty_tracking:
+        create.relative_to(vmm.directory, snapshot.memory)
     memory = MEMORY_SOCKET if backend == "uffd" else str(snapshot.memory)
     request: dict[str, Any] = {
         "snapshot_path": str(snapshot.vmstate),

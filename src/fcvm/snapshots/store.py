@@ -26,6 +26,7 @@ from pathlib import Path
 
 from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, FcvmError, HostError, NotFoundError, SnapshotError
+from fcvm.linux import files
 from fcvm.snapshots import manifest as manifests
 from fcvm.snapshots.manifest import Manifest
 from fcvm.snapshots.tags import CREATING, REMOVING, check_tag, is_tag
@@ -104,11 +105,11 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
             raise SnapshotError(f"The snapshot {tag!r} is incomplete: {', '.join(missing)} missing.")
         try:
             for file in temporary.iterdir():
-                _sync(file)
+                files.sync(file)
                 file.chmod(0o444)
-            _sync(temporary)
+            files.sync(temporary)
             temporary.rename(path)
-            _sync(layout.snapshots)
+            files.sync(layout.snapshots)
         except OSError as error:
             raise write_error(error, temporary) from error
     finally:
@@ -298,14 +299,6 @@ def _empty(directory: Path) -> None:
             remove_path(path)
         else:
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _bytes_on_disk(directory: Path) -> int:

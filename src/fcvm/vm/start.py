@@ -20,7 +20,6 @@ from fcvm.images.adopt import adopt
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.setup.kernel import NV2_OPTION, boot_args
-from fcvm.snapshots import create
 from fcvm.storage import disks
 from fcvm.vm import network
 from fcvm.vm.spec import RunSpec
@@ -130,8 +129,6 @@ class Boot(Start):
         vm.timings.mark("spawn")
         shape = hardware(vm.spec, vm.network.tap, vm.network.mac)
         boot.configure(vm.firecracker.api, shape)
-        if not shape.dirty_tracking:
-            create.relative_to(vm.directory, None)
         boot.start(vm.firecracker.api)
         vm.timings.mark("configure")
 

@@ -65,9 +65,9 @@ def kernel() -> Path:
     return elf
 
 
-def hardware(memory: int = 64) -> boot.Hardware:
+def hardware(memory: int = 64, *, dirty_tracking: bool = True) -> boot.Hardware:
     """One CPU, ``memory`` MiB, no network."""
-    return boot.Hardware(cpu=1, memory=memory, boot_args="quiet", tap=None, mac=None)
+    return boot.Hardware(cpu=1, memory=memory, boot_args="quiet", tap=None, mac=None, dirty_tracking=dirty_tracking)
 
 
 def furnish(directory: Path) -> None:
@@ -79,11 +79,13 @@ def furnish(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def booted(directory: Path, *, memory: int = 64, name: str = "test") -> Iterator[Firecracker]:
+def booted(
+    directory: Path, *, memory: int = 64, name: str = "test", dirty_tracking: bool = True
+) -> Iterator[Firecracker]:
     """A guest that has booted in ``directory``, made for it."""
     furnish(directory)
     with Firecracker(firecracker(), directory, name) as vmm:
-        boot.configure(vmm.api, hardware(memory))
+        boot.configure(vmm.api, hardware(memory, dirty_tracking=dirty_tracking))
         boot.start(vmm.api)
         wait_console(vmm, b"READY")
         yield vmm
