@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_snapshots_store import make
+from test_snapshots_store import fill, make
 
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError
 from fcvm.process import run
@@ -34,8 +34,28 @@ def test_there_and_back(layout: Layout, tmp_path: Path) -> None:
     for name in (*store.REQUIRED, store.WORKING_SET):
         assert filecmp.cmp(arrived.path / name, layout.snapshots / "warm" / name, shallow=False), name
     assert arrived.memory.stat().st_blocks * 512 < 1 << 20, "holes must stay holes"
-    assert arrived.memory.stat().st_mode & 0o777 == 0o444
+    assert arrived.memory.stat().st_mode & 0o777 == 0o400
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "there", "warm.tar.zst"]
+
+
+def test_nobody_else_can_read_what_a_guest_had_in_memory(layout: Layout, tmp_path: Path) -> None:
+    file, there = tmp_path / "warm.tar.zst", Layout(tmp_path / "there")
+    before = os.umask(0)
+    try:
+        with store.creating(layout, "open") as directory:
+            assert directory.stat().st_mode & 0o777 == 0o700, "from the first byte on"
+            fill(directory)
+        store.add(store.find(layout, "open"), store.WORKING_SET, "[[0, 1]]")
+        archive.export(layout, "open", file)
+        archive.import_archive(there, file, "arrived")
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o600
+    for directory in (layout.snapshots / "open", there.snapshots / "arrived"):
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == dict.fromkeys(
+            (*store.REQUIRED, store.WORKING_SET), 0o400
+        )
 
 
 def test_export_to_stdout(layout: Layout, tmp_path: Path) -> None:

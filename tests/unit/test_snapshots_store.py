@@ -87,7 +87,7 @@ def test_made_found_listed_removed(layout: Layout) -> None:
 def test_published_files_are_read_only(layout: Layout) -> None:
     make(layout, "warm")
     for file in (layout.snapshots / "warm").iterdir():
-        assert file.stat().st_mode & 0o777 == 0o444, file
+        assert file.stat().st_mode & 0o777 == 0o400, file
 
 
 def test_unknown_snapshot(layout: Layout) -> None:

@@ -28,6 +28,8 @@ BLOCK = 64 << 10  # bytes; blocks of zeros become holes
 def export(layout: Layout, tag: str, path: Path | None) -> None:
     """Write the snapshot ``tag`` to the file at ``path``, whole or not at all; None: to stdout.
 
+    A file that it makes is its owner's alone: it holds whatever the guest had in memory.
+
     Raises:
         NotFoundError: there is none. HostError: tar or zstd is not installed. SnapshotError: it cannot be written.
     """
@@ -45,7 +47,7 @@ def export(layout: Layout, tag: str, path: Path | None) -> None:
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with _writing(path), open(temporary, "xb") as file:
+            with _writing(path), open(temporary, "xb", opener=_private) as file:
                 _write(tar, file)
                 temporary.replace(path)
         finally:
@@ -75,6 +77,10 @@ def import_archive(layout: Layout, path: Path, tag: str) -> Snapshot:
             zstd.communicate()
         Manifest.read(directory)
     return store.find(layout, tag)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextmanager

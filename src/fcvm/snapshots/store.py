@@ -8,9 +8,10 @@
     working-set.json    optional, added later: pages to have ready at a restore (working_set.py)
     output.log          optional: what a warm start's container had written (vm/warm.py)
 
-A snapshot is made in ``<tag>.creating`` and renamed. All locks are flocks on the directories themselves: its maker
-holds the exclusive one, everyone who restores from it a shared one, and removal needs the exclusive one, so a
-snapshot in use cannot be removed and a maker that was killed leaves nothing but a directory that nobody holds.
+It holds whatever the guest had in memory, so nobody but its owner can read it. It is made in ``<tag>.creating`` and
+renamed. All locks are flocks on the directories themselves: its maker holds the exclusive one, everyone who restores
+from it a shared one, and removal needs the exclusive one, so a snapshot in use cannot be removed and a maker that was
+killed leaves nothing but a directory that nobody holds.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
     path = layout.snapshots / check_tag(tag)
     temporary = layout.snapshots / (tag + CREATING)
     try:
-        temporary.mkdir(exist_ok=True)
+        temporary.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise write_error(error, temporary) from error
     fd = _lock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +107,7 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
         try:
             for file in temporary.iterdir():
                 files.sync(file)
-                file.chmod(0o444)
+                file.chmod(0o400)
             files.sync(temporary)
             temporary.rename(path)
             files.sync(layout.snapshots)
@@ -236,7 +237,7 @@ def add(snapshot: Snapshot, name: str, content: str) -> None:
     temporary = snapshot.path / f".{name}.{os.getpid()}"
     try:
         temporary.write_text(content)
-        temporary.chmod(0o444)
+        temporary.chmod(0o400)
         temporary.rename(snapshot.path / name)
     finally:
         temporary.unlink(missing_ok=True)
