@@ -367,8 +367,10 @@ def test_a_server_of_a_snapshot_that_does_not_fit_this_host_does_not_start(layou
 def test_one_of_ours_that_cannot_be_restored_is_removed_and_made_again(layout: Layout, kind: str) -> None:
     make(layout, "stale", kind=kind)
     start: Start
+    other: Start
     if kind == "boot":
-        start, other = boot_snapshot.Restore(None, warm="w", source="stale"), boot_snapshot.BootAndCapture(None, warm="w")  # type: ignore[arg-type]
+        start = boot_snapshot.Restore(None, warm="w", source="stale")  # type: ignore[arg-type]
+        other = boot_snapshot.BootAndCapture(None, warm="w", name="stale")  # type: ignore[arg-type]
     else:
         start, other = warm.Warm(None, "stale", otherwise=Boot(None)), Boot(None, warm="stale")  # type: ignore[arg-type]
     assert start.instead(layout) == other

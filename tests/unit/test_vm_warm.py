@@ -1,13 +1,17 @@
 """Warm starts: what names one, and which of the first run's output comes again."""
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fc_agent import structs
 from fcvm.setup import Assets
-from fcvm.snapshots import store
+from fcvm.snapshots import create, store
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
 from fcvm.vm import boot_snapshot, warm
@@ -62,6 +66,60 @@ def test_whatever_shapes_the_container_is_in_the_name(changes: dict[str, object]
 )
 def test_whatever_is_a_runs_own_is_not(changes: dict[str, object]) -> None:
     assert warm.tag(structs.replace(SPEC, **changes), ASSETS) == warm.tag(SPEC, ASSETS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own", ["kernel", "firecracker"])
+@pytest.mark.parametrize("name", [boot_snapshot.tag, warm.tag])
+def test_a_file_of_the_users_own_is_known_by_more_than_its_path(
+    tmp_path: Path, own: str, name: Callable[[RunSpec, Assets], str]
+) -> None:
+    file = tmp_path / "own"
+    spec = structs.replace(SPEC, kernel=str(file)) if own == "kernel" else SPEC
+    assets = structs.replace(ASSETS, firecracker=file) if own == "firecracker" else ASSETS
+    file.write_bytes(b"one")
+    os.utime(file, ns=(1, 1))
+    first = name(spec, assets)
+    assert name(spec, assets) == first
+    file.write_bytes(b"two")  # built again in its place
+    second = name(spec, assets)
+    assert second != first
+    built = tmp_path / "built"
+    built.write_bytes(b"new")
+    shutil.copystat(file, built)
+    built.rename(file)
+    assert name(spec, assets) not in (first, second)
+
+
+def test_no_boot_snapshot_is_taken_of_a_kernel_that_was_replaced_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have the name of one of the two, and nobody knows which of them has booted."""
+    taken: list[str] = []
+
+    def take(layout: Layout, tag: str, *_: object) -> create.Timings:
+        taken.append(tag)
+        return create.Timings("Diff", 0, 0, 0, 0)
+
+    monkeypatch.setattr(boot_snapshot.create, "take", take)
+    layout, kernel = Layout(tmp_path), tmp_path / "vmlinux"
+    kernel.write_bytes(b"one")
+    spec = structs.replace(SPEC, kernel=str(kernel))
+    name, start = boot_snapshot.tag(spec, ASSETS), boot_snapshot.choose(spec, ASSETS, layout)
+    network, timings = SimpleNamespace(tap=None, mac=None), SimpleNamespace(mark=str)
+    vm: Any = SimpleNamespace(spec=spec, layout=layout, network=network, firecracker=None, timings=timings)
+    assert start.capture(vm)
+    kernel.write_bytes(b"another")
+    assert not start.capture(vm)
+    assert taken == [name]
+
+
+def test_a_kernel_is_found_where_the_hosts_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = structs.replace(SPEC, kernel="/vmlinux")
+    monkeypatch.setenv("FCVM_HOST_ROOT", str(tmp_path))
+    (tmp_path / "vmlinux").write_bytes(b"one")
+    first = boot_snapshot.tag(spec, ASSETS)
+    (tmp_path / "vmlinux").write_bytes(b"another")
+    assert boot_snapshot.tag(spec, ASSETS) != first
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fcvm.agent.session import Request, stream
 from fcvm.errors import MachineError
 from fcvm.linux import sockets
 from fcvm.machine.state import Places
+from fcvm.setup import keys
 from fcvm.setup.assets import Assets
 from fcvm.storage.layout import locked
 
@@ -53,7 +54,7 @@ def plan(assets: Assets, base: Path) -> Plan:
     there: dict[str, Path] = {}
     for name in ("vmlinux", "initrd", "root_image", "firecracker"):
         path: Path = getattr(assets, name)
-        there[name] = BASE / path.relative_to(base) if path.is_relative_to(base) else BASE / "bin" / _identity(path) / path.name
+        there[name] = BASE / path.relative_to(base) if path.is_relative_to(base) else BASE / "bin" / keys.of_status(path) / path.name
     files = [(getattr(assets, name), path) for name, path in there.items()]
     jailer = assets.firecracker.with_name("jailer")
     if jailer.exists():
@@ -61,12 +62,6 @@ def plan(assets: Assets, base: Path) -> Plan:
     content = replace(assets, **there).to_json()
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return Plan(tuple(files), BASE / "code" / code_key(), BASE / "cache" / f"assets-{key}.json", content)
-
-
-def _identity(path: Path) -> str:
-    """A name for a file that lies outside the data directory, so is not named by its content."""
-    found = path.stat()
-    return hashlib.sha256(f"{path} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()
 
 
 def code_key() -> str:

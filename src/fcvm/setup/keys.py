@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def of(value: Any) -> str:
 def of_file(path: Path) -> str:
     """The key of a file's content."""
     return sha256(path)[:LENGTH]
+
+
+def of_status(path: Path) -> str:
+    """The key of a file that is not named by its content, and for which reading it all would take too long.
+
+    Written anew it has another time or size, replaced another inode. One that is not there has a key as well: who opens it says so.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return of(str(path))
+    return of([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
 
 
 def sha256(path: Path) -> str:

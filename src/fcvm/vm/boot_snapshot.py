@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from fc_agent.structs import asdict
-from fcvm import __version__, host, log
+from fcvm import __version__, host, hostpath, log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
@@ -36,14 +36,20 @@ RESTORE_TIMEOUT = 60.0  # seconds until the agent of a restored guest is back; i
 
 
 def tag(spec: RunSpec, assets: Assets) -> str:
-    """The name of the boot snapshot for ``spec``: the hash of all that the guest has seen before its plan."""
+    """The name of the boot snapshot for ``spec``: the hash of all that the guest has seen before its plan.
+
+    What setup has made is named by its content; a kernel or Firecracker of the user's own may be built anew in its place.
+    """
     shape = asdict(hardware(spec, tap="tap0", mac=None))
-    files = (spec.kernel or assets.vmlinux, assets.initrd, assets.root_image, assets.firecracker)
-    return f"boot-{keys.of([__version__, shape, *map(str, files), spec.scratch_size, spec.firecracker_args, asdict(this_host())])}"
+    kernel = keys.of_status(hostpath.resolve(spec.kernel)) if spec.kernel else str(assets.vmlinux)
+    files = [kernel, str(assets.initrd), str(assets.root_image), keys.of_status(assets.firecracker)]
+    return f"boot-{keys.of([__version__, shape, *files, spec.scratch_size, spec.firecracker_args, asdict(this_host())])}"
 
 
 class BootAndCapture(Boot):
-    """Boot, and take the boot snapshot on the way."""
+    """Boot, and take the boot snapshot ``name`` on the way."""
+
+    name: str = ""
 
     @property
     def captures(self) -> bool:
@@ -51,7 +57,8 @@ class BootAndCapture(Boot):
 
     def capture(self, vm: Supervisor) -> bool:
         """Take the snapshot; the agent's connection breaks by it, so its plan goes out on the next one."""
-        name = tag(vm.spec, self.assets)
+        if tag(vm.spec, self.assets) != self.name:  # the user's kernel was replaced, and we may have booted either
+            return False
         manifest = Manifest(
             hardware=hardware(vm.spec, vm.network.tap, vm.network.mac),
             disks={},
@@ -61,14 +68,14 @@ class BootAndCapture(Boot):
             kind=KIND,
         )
         try:
-            took = create.take(vm.layout, name, vm.firecracker, manifest)
+            took = create.take(vm.layout, self.name, vm.firecracker, manifest)
         except ConflictError:  # another first run was quicker
             return False
         except FcvmError as error:  # a full disk, say: the run itself goes on
             log.warning(f"the boot snapshot could not be taken: {error.message}")
             return False
         trim(vm.layout, KIND)
-        log.debug(f"took {name} ({took.kind}) in {took.paused:.3f} s")
+        log.debug(f"took {self.name} ({took.kind}) in {took.paused:.3f} s")
         vm.timings.mark("boot snapshot")
         return True
 
@@ -105,7 +112,7 @@ class Restore(Boot):
         """Boot, and take another one."""
         with contextlib.suppress(FcvmError):
             store.remove(layout, self.source)
-        return BootAndCapture(self.assets, self.warm)
+        return BootAndCapture(self.assets, self.warm, name=self.source)
 
     def go(self, vm: Supervisor) -> None:
         restore.replace_drive(vm.firecracker.api, "image", boot.IMAGE_DISK)
@@ -131,10 +138,10 @@ def choose(spec: RunSpec, assets: Assets, layout: Layout) -> Boot:
     try:
         snapshot = store.find(layout, name)
     except NotFoundError:
-        return BootAndCapture(assets)
+        return BootAndCapture(assets, name=name)
     except SnapshotError as error:
         log.info(f"booting: {error.message}")
         with contextlib.suppress(FcvmError):
             store.remove(layout, name)
-        return BootAndCapture(assets)
+        return BootAndCapture(assets, name=name)
     return Restore(assets, source=snapshot.tag)
