@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -176,6 +178,53 @@ def test_work_in_the_background_goes_on_once_it_is_ready() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     for fd in (done, tell, go, let):
         os.close(fd)
+
+
+WAITING = """
+import os, signal, sys
+from pathlib import Path
+from fcvm.vm import background
+
+def work(ready):
+    asked, ask = os.pipe()
+    for number in background.STOPPING:
+        signal.signal(number, lambda *_: os.write(ask, b"x"))
+    os.write(TELL, b"x")
+    os.read(asked, 1)
+    Path(sys.argv[1]).touch()
+    return 137
+
+background.detached("The work", work, hint="look")
+"""
+
+
+@contextlib.contextmanager
+def detaching(ended: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that waits for work in the background, which has begun; asked to end it makes the file ``ended``."""
+    begun, tell = os.pipe()
+    program = WAITING.replace("TELL", str(tell))
+    with subprocess.Popen([sys.executable, "-c", program, str(ended)], pass_fds=(tell,)) as process:
+        os.close(tell)
+        assert os.read(begun, 1) == b"x"
+        yield process
+    os.close(begun)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_background_starts_ends_it(number: int, tmp_path: Path) -> None:
+    with detaching(tmp_path / "ended") as process:
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert (tmp_path / "ended").exists()
+
+
+def test_a_background_whose_caller_is_killed_while_it_starts_ends(tmp_path: Path) -> None:
+    with detaching(tmp_path / "ended") as process:
+        process.kill()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ended").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture

@@ -69,6 +69,18 @@ def test_a_health_check_by_url_and_sigterm_is_the_images_stop_signal(service: st
         assert process.returncode == 7
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_detached_run_that_is_ended_while_it_starts_leaves_nothing(vm_name: str, number: int) -> None:
+    with running("podman", "run", "-d", "--name", vm_name, DEMO, "--", "sleep", "1000") as process:
+        wait(lambda: vm(vm_name))
+        process.send_signal(number)
+        assert rest(process) == (b"", "")
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    if number == signal.SIGKILL:
+        wait(lambda: vm(vm_name) is None)
+    assert vm(vm_name) is None
+
+
 def test_a_full_disk_is_the_containers_to_see_and_is_said_at_the_end(vm_name: str) -> None:
     script = """
         trap "exit 3" TERM

@@ -24,9 +24,7 @@ class Leash:
 
     def tie(self, pid: int) -> None:
         """From now on the process ``pid``, our child, is killed when we end or close this."""
-        fcntl.fcntl(self.end, F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(self.end, fcntl.F_SETOWN, pid)
-        fcntl.fcntl(self.end, fcntl.F_SETFL, os.O_ASYNC)
+        watch(self.end, pid, signal.SIGKILL)
         os.close(self.end)
         self.end = -1
 
@@ -36,3 +34,15 @@ class Leash:
             if fd >= 0:
                 os.close(fd)
         self.end = self._held = -1
+
+
+def watch(end: int, pid: int, number: int) -> None:
+    """From now on the process ``pid`` is sent the signal ``number`` when the other end of the pipe ``end`` is closed."""
+    fcntl.fcntl(end, F_SETSIG, number)
+    fcntl.fcntl(end, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+
+
+def forget(end: int) -> None:
+    """``watch`` no more."""
+    fcntl.fcntl(end, fcntl.F_SETFL, 0)

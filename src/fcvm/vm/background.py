@@ -1,13 +1,19 @@
-"""Go on in the background: fork, tell the caller once how the start went, live on without a terminal."""
+"""Go on in the background: fork, tell the caller once how the start went, live on without a terminal.
+
+Until then it is the caller's: signals that would end that are passed on, and when it is killed the background is told to end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import select
+import signal
+from collections.abc import Callable, Iterator
 
 from fcvm.errors import FcvmError
+from fcvm.linux import leash
 from fcvm.vm import rpc
 
 TYPE_CHECKING = False
@@ -15,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 Work = Callable[[Callable[[], None]], int]
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def detached(what: str, work: Work, *, hint: str) -> int:
@@ -29,15 +37,22 @@ def detached(what: str, work: Work, *, hint: str) -> int:
 
     Raises:
         FcvmError: what ``work`` raised before it was ready; or the process died.
+        SystemExit: a signal came before it was ready; it has ended by that as well.
     """
     read, write = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until whoever gets one knows what to do
     child = os.fork()
     if child == 0:
         os.close(read)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         _live(work, write, hint)
     os.close(write)
-    with os.fdopen(read, "rb") as report:
+    with os.fdopen(read, "rb") as report, _passing_on(child) as signals:
         line = report.read()
+        if signals:
+            os.waitpid(child, 0)
+    if signals:
+        raise SystemExit(128 + signals[0])
     if not line:
         os.waitpid(child, 0)
         raise FcvmError(f"{what} died while it started.", hint=hint)
@@ -48,6 +63,28 @@ def detached(what: str, work: Work, *, hint: str) -> int:
     return child
 
 
+@contextlib.contextmanager
+def _passing_on(child: int) -> Iterator[list[int]]:
+    """Inside the block ``child`` gets the signals that would end us; yields a list of those that have come."""
+    signals: list[int] = []
+    pidfd = os.pidfd_open(child)
+
+    def handle(number: int, frame: object) -> None:
+        signals.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup(1)
+    before = {number: signal.signal(number, handle) for number in heard}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(pidfd)
+
+
 def _live(work: Work, report: int, hint: str) -> NoReturn:
     code = 125
     told = False
@@ -56,12 +93,16 @@ def _live(work: Work, report: int, hint: str) -> NoReturn:
         nonlocal told
         if not told:
             told = True
+            leash.forget(report)
             with contextlib.suppress(OSError):
                 os.write(report, json.dumps(answer).encode())
             os.close(report)
 
     try:
         os.setsid()
+        leash.watch(report, os.getpid(), signal.SIGTERM)
+        if _is_broken(report):  # our caller was killed before
+            os._exit(code)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -80,3 +121,10 @@ def _live(work: Work, report: int, hint: str) -> NoReturn:
             tell({"error": f"This is a bug in fcvm.\n{traceback.format_exc()}", "hint": None, "exit_code": code})
     finally:
         os._exit(code)
+
+
+def _is_broken(pipe: int) -> bool:
+    """Whether nobody can read from it any more."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))

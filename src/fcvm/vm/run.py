@@ -16,6 +16,7 @@ from fcvm.network import attach
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, state, warm
+from fcvm.vm.background import STOPPING
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -23,8 +24,6 @@ from fcvm.vm.supervisor import Supervisor
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Killed(BaseException):
