@@ -126,8 +126,10 @@ def specification(plan: ContainerPlan, volumes: list[VolumePlan]) -> dict[str, A
     It has the guest's own network and host name: the VM is its sandbox, and a clone's new identity reaches it.
     """
     taken = {volume.path for volume in volumes}
-    mounts = [{"Type": "bind", "Source": source, "Destination": target, "Options": ["rbind"]} for source, target in (
-        (network.HOSTS, "/etc/hosts"), (network.RESOLV_CONF, "/etc/resolv.conf")) if target not in taken]  # fmt: skip
+    mounts: list[dict[str, Any]] = []
+    for source in (network.HOSTS, network.RESOLV_CONF, network.HOSTNAME):
+        if (target := f"/etc/{os.path.basename(source)}") not in taken:
+            mounts.append({"Type": "bind", "Source": source, "Destination": target, "Options": ["rbind"]})
     for index, volume in enumerate(volumes):
         options = ["rbind", "rslave", "ro" if volume.read_only else "rw"]
         mounts.append({"Type": "bind", "Source": f"{VOLUMES}/{index}", "Destination": volume.path, "Options": options})

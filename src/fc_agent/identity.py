@@ -21,9 +21,8 @@ def take(identity: Identity, plan: NetworkPlan | None, *, restored: bool) -> Non
     if identity.wall_clock_ns:
         time.clock_settime_ns(time.CLOCK_REALTIME, identity.wall_clock_ns)
     socket.sethostname(identity.hostname)
-    for path, text in ((MACHINE_ID, identity.machine_id), ("/etc/hostname", identity.hostname)):
-        with contextlib.suppress(OSError):  # a full or read-only disk
-            linux.write(path, f"{text}\n")
+    with contextlib.suppress(OSError):  # a full or read-only disk
+        linux.write(MACHINE_ID, f"{identity.machine_id}\n")
     with contextlib.suppress(OSError):
         network.write_files(plan, identity.hostname)
     if plan is not None:

@@ -23,9 +23,9 @@ RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST = 254, 3, 0, 1
 NUD_PERMANENT, NUD_NOARP = 0x80, 0x40
 ETH_P_ARP, ETH_P_IP = 0x806, 0x800
 
-# Both are bind-mounted into the container, and linked from the guest's /etc: written in place, both see it.
+# These are bind-mounted into the container, and linked from the guest's /etc: written in place, both see it.
 FILES = "/run/fcvm/etc"
-HOSTS, RESOLV_CONF = f"{FILES}/hosts", f"{FILES}/resolv.conf"
+HOSTS, RESOLV_CONF, HOSTNAME = f"{FILES}/hosts", f"{FILES}/resolv.conf", f"{FILES}/hostname"
 
 
 class Netlink:
@@ -137,7 +137,7 @@ def announce(plan: NetworkPlan) -> None:
 
 
 def write_files(plan: NetworkPlan | None, hostname: str) -> None:
-    """/etc/hosts and /etc/resolv.conf, for the guest and its container."""
+    """/etc/hosts, /etc/resolv.conf and /etc/hostname, for the guest and its container."""
     os.makedirs(FILES, exist_ok=True)
     hosts = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
     resolver = []
@@ -149,7 +149,8 @@ def write_files(plan: NetworkPlan | None, hostname: str) -> None:
         resolver += [f"options {' '.join(plan.options)}"] if plan.options else []
     else:
         hosts.append(f"127.0.1.1 {hostname}")
-    for path, lines, link in ((HOSTS, hosts, "/etc/hosts"), (RESOLV_CONF, resolver, "/etc/resolv.conf")):
+    for path, lines in ((HOSTS, hosts), (RESOLV_CONF, resolver), (HOSTNAME, [hostname])):
+        link = f"/etc/{os.path.basename(path)}"
         linux.write(path, "".join(f"{line}\n" for line in lines))
         if not os.path.islink(link) or os.readlink(link) != path:
             with contextlib.suppress(FileNotFoundError):

@@ -366,7 +366,7 @@ def test_a_new_identity(guest: Guest) -> None:
     network = NetworkPlan("10.0.2.100/24", "10.0.2.2", hosts={"other": "1.2.3.4"})
     guest.send({"type": "restored", "identity": identity("clone", network=network, drop_sessions=True).to_json()})
     guest.wait("ready")
-    assert guest.exec("hostname")[1] == b"clone\n"
+    assert guest.exec("sh", "-c", "hostname; cat /etc/hostname; echo $HOSTNAME")[1] == b"clone\n" * 3
     assert guest.exec("cat", "/etc/machine-id", target="vm")[1] != before
     assert b"clone" in guest.exec("cat", "/etc/hosts")[1]
     thread.join(60)

@@ -74,6 +74,7 @@ def execute(
     *,
     on_output: session.Output,
     target: str = "container",
+    stdin: int | None = None,
     signals: Sequence[int] = (),
 ) -> session.Exit:
     """Run a command in a clone's container (or, with ``target`` "vm", in its guest OS).
@@ -82,8 +83,8 @@ def execute(
         ConflictError: the clone has ended.
     """
     try:
-        request = session.Request(command, target=target)
-        return sessions.stream(supervisor.directory, request, stdin=None, on_output=on_output, signals=signals)
+        request = session.Request(command, target=target, stdin=stdin is not None)
+        return sessions.stream(supervisor.directory, request, stdin=stdin, on_output=on_output, signals=signals)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise ConflictError(
             f"The clone {supervisor.spec.name!r} has ended.", hint="fcvm snapshot run --snapshot TAG shows its output"

@@ -45,7 +45,7 @@ def _hello(vm: Supervisor, message: dict[str, Any]) -> None:
         _ready(vm, known)
     elif vm.phase in ("starting", "restored") and phase == "running":
         _enter(vm, "restored")
-        vm.restored_at = time.time_ns()
+        vm.identified_at = time.time_ns()
         vm.control.send(plan.restored(vm))
     if known.get("health"):
         _health(vm, {"status": known["health"]})
@@ -73,11 +73,14 @@ def _send_plan(vm: Supervisor) -> None:
     """Tell the agent what to do; again, if its connection broke before it had read that."""
     vm.phase = "planned"
     vm.deadline = None
+    vm.identified_at = time.time_ns()
     vm.control.send(plan.message(vm))
 
 
 def _stage(vm: Supervisor, message: dict[str, Any]) -> None:
     vm.timings.guest(str(message.get("name"))[:80], float(message["uptime"]))
+    if message.get("name") == "plan":  # it has its identity
+        vm.clock.was_set(vm.identified_at)
 
 
 def _started(vm: Supervisor, message: dict[str, Any]) -> None:
@@ -89,7 +92,7 @@ def _started(vm: Supervisor, message: dict[str, Any]) -> None:
 def _ready(vm: Supervisor, message: dict[str, Any]) -> None:
     if vm.phase == "restored":
         vm.timings.mark("identity")
-        vm.clock.was_set(vm.restored_at)
+        vm.clock.was_set(vm.identified_at)
         vm.freezing.thawed()
         _run(vm)
 

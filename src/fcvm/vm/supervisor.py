@@ -81,7 +81,7 @@ class Supervisor:
         self.machine_id = new_machine_id()  # the guest's; it tells whether a restored one has taken its identity
         self.directory: Path = self.layout.vms / self.id
         self.timings = Timings()
-        self.restored_at = 0  # nanoseconds of the epoch
+        self.identified_at = 0  # when it was sent its identity, nanoseconds of the epoch
         self.start = start
         self.on_started = on_started
         self.attachable = threading.Event()  # the container runs, or never will
