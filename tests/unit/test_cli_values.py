@@ -17,6 +17,15 @@ from fcvm.errors import NotFoundError, UsageError
         (["A="], {"A": ""}),
         (["A=a=b"], {"A": "a=b"}),
         (['C="a,B=c"'], {"C": "a,B=c"}),
+        (['A="x,B=y",C=z'], {"A": "x,B=y", "C": "z"}),
+        (['A=1,C="a,B=c"'], {"A": "1", "C": "a,B=c"}),
+        (["a=1,b-c=2"], {"a": "1", "b-c": "2"}),
+        (['A="1"'], {"A": '"1"'}),  # as Podman: without a comma that separates, quotes are the value's own
+        (['A="1",B="x,y"'], {"A": '"1"', "B": '"x,y"'}),
+        (['A="x" and "y"'], {"A": '"x" and "y"'}),
+        (['A="x,B=y" z'], {"A": '"x', "B": 'y" z'}),
+        (['A="x,B=y'], {"A": '"x', "B": "y"}),
+        (['A=["a","b"],B={"c":"d","e":1}'], {"A": '["a","b"]', "B": '{"c":"d","e":1}'}),
         (["A=1", "A=2"], {"A": "2"}),
         (["URL=http://h/?a=1&b=2,3"], {"URL": "http://h/?a=1&b=2,3"}),
         (["A=line\nline"], {"A": "line\nline"}),
@@ -39,12 +48,33 @@ def test_malformed_pairs_name_the_option(text: str) -> None:
         values.pairs([text], "--env")
 
 
+def test_labels_are_podmans() -> None:
+    texts = ["app.kubernetes.io/name=web", "flag", "rule=Host(`a`),b=c", "empty=", "flag"]
+    assert values.labels(texts, "--label") == {"app.kubernetes.io/name": "web", "flag": "", "rule": "Host(`a`),b=c", "empty": ""}
+    with pytest.raises(UsageError, match="--label"):
+        values.labels(["=x"], "--label")
+
+
 def test_env_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_US", "here")
     monkeypatch.delenv("NOT_SET", raising=False)
     path = tmp_path / "env"
     path.write_text("# comment\n\nA=1\nB=with spaces, and commas\n  C=x=y\nFROM_US\nNOT_SET\n")
     assert values.env_file(str(path)) == {"A": "1", "B": "with spaces, and commas", "C": "x=y", "FROM_US": "here"}
+
+
+def test_only_a_newline_ends_a_line_of_an_env_file(tmp_path) -> None:
+    path = tmp_path / "env"
+    path.write_bytes("A=1\x0bB=2\nC=\x0c\x1c\u2028x\rD=\nG=a\x85b\r\nH=h\r\n\r\n".encode())
+    assert values.env_file(str(path)) == {"A": "1\x0bB=2", "C": "\x0c\x1c\u2028x\rD=", "G": "a\x85b", "H": "h"}
+
+
+def test_an_env_file_in_another_encoding_says_so(tmp_path) -> None:
+    path = tmp_path / "env"
+    path.write_bytes(b"A=\xe9\n")
+    with pytest.raises(UsageError, match="not UTF-8") as caught:
+        values.env_file(str(path))
+    assert "iconv" in (caught.value.hint or "")
 
 
 def test_env_file_errors_name_the_line(tmp_path) -> None:

@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--user", "-u", metavar="USER[:GROUP]", help="user of the container's process")
     add("--workdir", "-w", metavar="DIR", help="working directory in the container")
     add("--privileged", action="store_true", help="give the container all of its VM's devices and capabilities")
-    add("--label", "-l", action="append", default=[], metavar="K=V", help="label of the VM and container")
+    add("--label", "-l", action="append", default=[], metavar="K=V", help="label of the VM and container; K alone: empty")
     add("--rm", action=argparse.BooleanOptionalAction, default=True, help="remove the VM when it has ended (default)")
     add("--detach", "-d", action="store_true", help="run in the background; print the name")
     add("--interactive", "-i", action="store_true", help="pass our stdin on")
@@ -195,7 +195,7 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         "user": args.user,
         "workdir": args.workdir,
         "privileged": args.privileged,
-        "labels": values.pairs(args.label, "--label"),
+        "labels": values.labels(args.label, "--label"),
         "cpu": spec.check_cpu(values.number(args.cpu, "--cpu", least=1) if args.cpu is not None else config.cpu),
         "memory": spec.check_memory(values.size(args.mem, "--mem") if args.mem is not None else default_memory),
         "scratch_size": values.size(args.scratch_size, "--scratch-size") if args.scratch_size is not None else config.scratch_size,

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping
 from fcvm import config
 from fcvm.errors import NotFoundError, UsageError
 
-# In a comma-separated list a new item begins where a comma is followed by a variable name and '='.
-_NEXT_ITEM = r",(?=[A-Za-z_][A-Za-z0-9_.]*=)"
 _KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
+# In a list a new item begins where a comma is followed by a name and '='; not inside double quotes that are an item's whole value.
+_NEXT = rf",(?={_KEY}=)"
+_ITEM = re.compile(rf'(?:\A|{_NEXT})({_KEY}="[^"]*"(?={_NEXT}|\Z)|.*?(?={_NEXT}|\Z))', re.DOTALL)
 
 
 def pairs(texts: Iterable[str], option: str, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """``K=V`` and ``K=V,K2=V2`` to a dict; later ones win.
 
     A comma separates only when ``NAME=`` follows it, so ``C=x,y`` keeps its comma; a value that holds ``,NAME=``
-    itself is given in an env file, or quoted: ``C="a,B=c"`` (the double quotes are the value's own and are removed).
+    itself is given in an env file, or quoted: ``C="a,B=c"``. These quotes are removed, all others are the value's own.
 
     Arguments:
         environ: with it, a bare ``NAME`` takes its value from there (and is left out when it is not set).
@@ -26,13 +27,13 @@ def pairs(texts: Iterable[str], option: str, *, environ: Mapping[str, str] | Non
     """
     result: dict[str, str] = {}
     for text in texts:
-        for item in _split(text):
+        for item in _ITEM.findall(text):
             key, equals, value = item.partition("=")
             if not re.fullmatch(_KEY, key):
                 raise UsageError(f"{option} {text!r}: {item!r} is not KEY=VALUE.", hint=f"{option} KEY=VALUE")
             if equals:
-                quoted = len(value) >= 2 and value[0] == value[-1] == '"'
-                result[key] = value[1:-1] if quoted else value
+                quoted = re.fullmatch('"([^"]*)"', value)
+                result[key] = quoted[1] if quoted and re.search(_NEXT, value) else value
             elif environ is None:
                 raise UsageError(f"{option} {text!r}: {item!r} has no value.", hint=f"{option} {key}=VALUE")
             elif key in environ:
@@ -40,31 +41,42 @@ def pairs(texts: Iterable[str], option: str, *, environ: Mapping[str, str] | Non
     return result
 
 
-def _split(text: str) -> list[str]:
-    """Items of a list; a comma inside double quotes that open right after ``=`` does not separate."""
-    if re.fullmatch(r'[^=,]+="[^"]*"', text):
-        return [text]
-    return re.split(_NEXT_ITEM, text)
+def labels(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Labels as Podman takes them, one a text: ``KEY=VALUE`` with any key, or ``KEY`` alone, whose value is empty.
+
+    Raises:
+        UsageError: one has no key.
+    """
+    result = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if not key:
+            raise UsageError(f"{option} {text!r} has no key.", hint=f"{option} KEY=VALUE")
+        result[key] = value
+    return result
 
 
 def env_file(path: str) -> dict[str, str]:
     """Variables of a file as Podman reads it: ``K=V`` lines, ``K`` alone from our environment, ``#`` comments.
 
     Raises:
-        NotFoundError: it cannot be read. UsageError: a line is wrong; the message names it.
+        NotFoundError: it cannot be read. UsageError: it is not UTF-8, or a line is wrong; the message names it.
     """
     try:
-        with open(path) as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            lines = file.read().decode().split("\n")  # splitlines would take a form feed or U+2028 in a value for a line's end
+    except OSError as error:
         raise NotFoundError(
-            f"The environment file {path} cannot be read: {getattr(error, 'strerror', error)}.", hint=f"ls -l {path}"
+            f"The environment file {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The environment file {path} is not UTF-8: {error.reason} at byte {error.start}.",
+                         hint=f"iconv -f latin1 -t utf-8 {path}") from error  # fmt: skip
     result = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key, equals, value = line.lstrip().partition("=")
+        key, equals, value = line.removesuffix("\r").lstrip().partition("=")
         if not re.fullmatch(_KEY, key.strip()):
             raise UsageError(f"Line {number} of {path} is not KEY=VALUE: {line.strip()!r}.", hint=f"sed -n {number}p {path}")
         if equals:
