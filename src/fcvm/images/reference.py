@@ -111,7 +111,10 @@ def parse(text: str, *, cwd: str | None = None) -> Reference:
         if not rest:
             raise UsageError(f"The image reference {text} names no image.", hint=f"{transport}:NAME")
         return Reference(transport, rest)
-    return name(text.removeprefix("docker://"))
+    if text.startswith("docker://"):
+        full = name(text.removeprefix("docker://"))
+        return full.at(DEFAULT_REGISTRY) if full.is_short else full  # as skopeo: whoever names a registry's API means no short name
+    return name(text)
 
 
 def name(text: str) -> Reference:
