@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 KEEP_ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "TERM", "TMPDIR", "XDG_RUNTIME_DIR", "SSL_CERT_FILE",
-                    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
-                    "REGISTRY_AUTH_FILE", "DOCKER_CONFIG")  # fmt: skip
+                    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

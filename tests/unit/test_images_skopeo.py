@@ -1,5 +1,7 @@
 """What skopeo prints, and the one sentence that we make of it; the outputs are those of real runs of skopeo 1.9."""
 
+from pathlib import Path
+
 import pytest
 
 from fcvm.errors import ImageError
@@ -75,3 +77,15 @@ def test_a_registry_that_talks_nonsense(raw: bytes) -> None:
         return
     with pytest.raises(ImageError, match="delivers no manifest"):
         pull.choose(raw, "x")
+
+
+def test_skopeo_and_its_credential_helpers_have_the_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "skopeo").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "skopeo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path=/run/user/1000/bus")
+    seen = skopeo.inspect(reference.parse("r.example/x")).decode().splitlines()
+    assert "AWS_PROFILE=work" in seen
+    assert "DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/1000/bus" in seen
+    assert f"PATH={tmp_path}:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin" in seen

@@ -196,10 +196,8 @@ def _command(reference: Reference) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """What users steer skopeo and Podman's storage with, besides what every child gets."""
-    names = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "CONTAINERS_STORAGE_CONF", "DOCKER_CERT_PATH",
-             "DOCKER_TLS_VERIFY", "SSL_CERT_DIR", "STORAGE_DRIVER", "STORAGE_OPTS")  # fmt: skip
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """The user's own, whole: what steers skopeo is not ours to list, least of all what its credential helpers read; PATH is as for others."""
+    return {name: value for name, value in os.environ.items() if name != "PATH"}
 
 
 def _size(directory: Path) -> int:
