@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_snapshots_store import make
 
 from fcvm import config
 from fcvm.cli.context import Context
@@ -260,3 +261,13 @@ def test_vms_are_stopped_all_at_once_and_one_that_refuses_keeps_no_other(tmp_pat
         done = fcvm("stop", "--all", base=tmp_path)
     assert (done.returncode, done.stdout) == (125, "a\nc\n")
     assert "b is stubborn." in done.stderr
+
+
+def test_removing_snapshots_goes_on_where_there_is_none(tmp_path: Path) -> None:
+    for tag in ("a", "c"):
+        make(Layout(tmp_path), tag)
+    done = fcvm("snapshots", "rm", "a", "missing", "c", "gone", base=tmp_path)
+    assert done.returncode == 125
+    assert done.stdout == "a\nc\n"
+    assert done.stderr.count("error:") == done.stderr.count("hint: fcvm snapshots\n") == 2
+    assert "There is no snapshot named 'missing'." in done.stderr

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 
 from fc_agent import structs
 from fcvm.cli.context import Context
+from fcvm.cli.each import each
 from fcvm.cli.ls import age, table
-from fcvm.errors import FcvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,18 +78,12 @@ def _rm(args: argparse.Namespace, context: Context) -> int:
     from fcvm.images import store
 
     used = _used(context)
-    failed: list[FcvmError] = []
-    for name in dict.fromkeys(args.names):
-        try:
-            removed, last = store.untag(context.layout, name, used=used)
-        except FcvmError as error:
-            failed.append(error)
-            continue
+
+    def remove(name: str) -> None:
+        removed, last = store.untag(context.layout, name, used=used)
         print(f"{'removed' if last else 'untagged'} {removed}")
-    for failure in failed[:-1]:
-        print(f"error: {failure.message}", file=sys.stderr)
-    if failed:
-        raise failed[-1]
+
+    each(args.names, remove)
     return 0
 
 

@@ -8,6 +8,7 @@ import time
 
 from fcvm import hostpath
 from fcvm.cli.context import Context
+from fcvm.cli.each import each
 from fcvm.cli.ls import age, table
 from fcvm.errors import UsageError
 from fcvm.snapshots import store
@@ -49,9 +50,12 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     layout = context.layout
     if args.action == "rm":
-        for tag in args.tags:
+
+        def remove(tag: str) -> None:
             store.remove(layout, tag)
             print(tag)
+
+        each(args.tags, remove)
     elif args.action == "prune":
         removed = store.prune(layout, everything=args.all)
         for tag, size in removed:
