@@ -20,7 +20,7 @@ from fcvm import config
 from fcvm.errors import NotFoundError
 from fcvm.firecracker import boot
 from fcvm.setup import Assets
-from fcvm.snapshots import create, servers, store
+from fcvm.snapshots import create, servers, store, working_set
 from fcvm.snapshots.client import Clone, Wanted
 from fcvm.snapshots.server import CloneServer, Settings
 from fcvm.storage.layout import Layout
@@ -175,6 +175,15 @@ def wait_until(layout: Layout, expected: list[str]) -> None:
     raise AssertionError(names(layout))
 
 
+def wait_ready(layout: Layout, count: int) -> None:
+    """Wait until the pool of the only server is full again."""
+    for _ in range(1200):
+        if servers.running(layout)[0]["ready"] == count:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(servers.running(layout))
+
+
 def test_exec_in_a_fresh_clone(layout: Layout) -> None:
     with serving(layout) as server:
         done = fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "echo ready")
@@ -321,6 +330,27 @@ def test_served_memory_and_its_working_set(layout: Layout) -> None:
         assert listed["taken"] == 1
 
 
+def test_working_set_is_learned_from_a_first_clone_that_ends_at_once(layout: Layout) -> None:
+    def faults() -> int:
+        return int(servers.running(layout)[0]["faults"])
+
+    recorded = working_set.path(store.find(layout, "warm"))
+    with serving(layout, backend="uffd", prefetch=True, minimum=2, maximum=2) as server:
+        loading = faults()
+        fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true")
+        wait_until(layout, [])
+        assert working_set.load(recorded), "it is there when the clone has ended"
+        wait_ready(layout, 2)
+        first = faults() - loading
+        fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true")
+        wait_ready(layout, 2)
+        assert faults() - loading - first < first, "one that was loaded before has it as well"
+    with serving(layout, backend="uffd", prefetch=True):
+        (listed,) = servers.running(layout)
+        assert listed["faults"] < first
+    recorded.unlink()
+
+
 def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> None:
     def held(pid: int) -> tuple[int, int, int]:
         """Descriptors, threads, and KiB of memory."""
@@ -335,10 +365,7 @@ def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> 
         for clone in clones:
             clone.close()
         wait_until(layout, [])
-        for _ in range(1200):  # and the pool refills
-            if servers.running(layout)[0]["ready"] == 4:
-                return
-            threading.Event().wait(0.05)
+        wait_ready(layout, 4)
 
     with serving(layout, backend="uffd", minimum=4, maximum=4) as server:
         for _ in range(10):  # until every thread has its stack and every allocator its arena

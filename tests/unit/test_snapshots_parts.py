@@ -94,13 +94,6 @@ def test_memory_knows_its_holes(tmp_path: Path) -> None:
     empty.close()
 
 
-class OfClone:
-    """What ``Server._window`` looks at."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-
-
 @pytest.mark.parametrize(
     ("window", "page", "expected"),
     [
@@ -119,7 +112,8 @@ def test_window_of_a_fault(tmp_path: Path, window: int, page: int, expected: tup
     with ours, theirs:
         server = page_faults.Server(memory, ours)
         region = Region(address=1 << 30, size=2048 * PAGE, offset=0)
-        assert server._window(OfClone(window), region, page) == expected  # type: ignore[arg-type]
+        server.window = window
+        assert server._window(region, page) == expected
         server.poll.close()
     memory.close()
     assert HOLE_WINDOW == 256
@@ -130,7 +124,8 @@ def test_window_always_holds_the_page_and_its_small_window(data: list[bool], pag
     server = page_faults.Server.__new__(page_faults.Server)
     server.memory = Memory.__new__(Memory)
     server.memory.data = bytes(data)
-    first, end = server._window(OfClone(window), Region(0, 512 * PAGE, 0), page)  # type: ignore[arg-type]
+    server.window = window
+    first, end = server._window(Region(0, 512 * PAGE, 0), page)
     assert first <= page // window * window
     assert min(512, page // window * window + window) <= end <= 512
     if not data[page] and window > 1:  # beyond the small window there is nothing but hole

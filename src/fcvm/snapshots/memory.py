@@ -77,7 +77,6 @@ class _Clone:
         self.shared = -1
         self.states: mmap.mmap | None = None
         self.regions: list[Region] = []
-        self.window = WINDOW
 
     def faults(self) -> Faults:
         return Faults(self.pid, *COUNTERS.unpack_from(self.states or bytes(COUNTERS.size)))
@@ -159,15 +158,25 @@ class MemoryServer:
         return self.past["faults"] + sum(clone.faults for clone in self.faults())
 
     def used(self, pid: int) -> list[tuple[int, int]]:
-        """The pages that the clone has used, as ranges (first, count): its working set if nothing was replayed."""
+        """The pages that the clone has used, as ranges (first, count)."""
+        states = self.states(pid)
+        return [] if states is None else page_faults.used(states)
+
+    def states(self, pid: int) -> mmap.mmap | None:
+        """What is known of the clone's pages, for ``page_faults.used``, also when it has ended; None: there is no such clone."""
         with self.lock:
             for clone in self.clones.values():
                 if clone.pid == pid and clone.states is not None:
-                    return page_faults.present(clone.states[HEADER:])
-        return []
+                    return mmap.mmap(clone.shared, 0)
+        return None
+
+    def widen(self, window: int) -> None:
+        """Bring in so many pages by a fault from now on, in all clones."""
+        self.window = window  # first: a process that is just being started is told what it is
+        self._send({"window": window})
 
     def replay(self, working_set: Path) -> None:
-        """Use another working set, for the clones that come from now on; raises SnapshotError if it is damaged."""
+        """Use another working set from now on, in all clones; raises SnapshotError if it is damaged."""
         working_sets.load(working_set)
         self.working_set = working_set
         self._send({"working_set": str(working_set)})
@@ -215,6 +224,7 @@ class MemoryServer:
             )
         self.pidfd = os.pidfd_open(self.process.pid)
         self.starts.append(time.monotonic())
+        self._send({"window": self.window})
         if self.working_set is not None:
             self._send({"working_set": str(self.working_set)})
 
@@ -304,7 +314,6 @@ class MemoryServer:
             clone.shared = memory.shared(HEADER + self.memory.stat().st_size // PAGE, "fcvm-pages")
             with self.lock:
                 clone.uffd = fds.pop()
-                clone.window = self.window
                 clone.states = mmap.mmap(clone.shared, 0)
         except BlockingIOError:
             return True
@@ -319,7 +328,7 @@ class MemoryServer:
 
     def _hand_over(self, clone: _Clone, *, again: bool) -> None:
         regions = [(r.address, r.size, r.offset) for r in clone.regions]
-        values = {"number": clone.number, "regions": regions, "window": clone.window, "again": again}
+        values = {"number": clone.number, "regions": regions, "again": again}
         self._send(values, [clone.uffd, clone.number, clone.shared])
 
     def _send(self, values: dict[str, Any], fds: Sequence[int] = ()) -> None:

@@ -104,12 +104,11 @@ class Memory:
 class Clone:
     """One clone's memory: its userfaultfd, the states of its pages, and its counters."""
 
-    def __init__(self, number: int, uffd: Userfaultfd, hangup: int, shared: int, layout: list[Region], window: int):
+    def __init__(self, number: int, uffd: Userfaultfd, hangup: int, shared: int, layout: list[Region]):
         self.number = number
         self.uffd = uffd
         self.hangup = hangup
         self.regions = layout
-        self.window = window
         self.memory = mmap.mmap(shared, 0)
         self.state = memoryview(self.memory)[HEADER:]
         self.faults, self.copied, self.zeroed, self.removed, self.replayed = COUNTERS.unpack_from(self.memory)
@@ -140,6 +139,7 @@ class Server:
     def __init__(self, memory: Memory, control: socket.socket) -> None:
         self.memory = memory
         self.control = control
+        self.window = WINDOW
         self.working_set: list[tuple[int, int]] = []
         self.clones: dict[int, Clone] = {}  # by the descriptors of their userfaultfd and their hang-up
         self.replays: deque[tuple[Clone, Iterator[tuple[int, int]]]] = deque()
@@ -169,14 +169,18 @@ class Server:
                 self._replay()
 
     def _command(self) -> bool:
-        """Take a clone, or a working set, from the owner; False at the end."""
+        """Take a clone, a window or a working set from the owner; False at the end."""
         message, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 3)
         if not message:
             return False
         values = json.loads(message)
+        if "window" in values:
+            self.window = values["window"]
+            return True
         if "working_set" in values:
             self.working_set = working_set.load(Path(values["working_set"]))
             self.memory.read_ahead(self.working_set)
+            self.replays += [(clone, chunks(self.working_set)) for clone in set(self.clones.values())]
             return True
         clone = Clone(
             values["number"],
@@ -184,7 +188,6 @@ class Server:
             fds[1],
             fds[2],
             [Region(*region) for region in values["regions"]],
-            values["window"],
         )
         os.close(fds[2])
         self.clones[clone.uffd.fd] = self.clones[clone.hangup] = clone
@@ -251,11 +254,11 @@ class Server:
                 while not (clone.gone or self._fill(clone, region, page, 1)):
                     pass
             else:
-                self.populate(clone, region, *self._window(clone, region, page))
+                self.populate(clone, region, *self._window(region, page))
 
-    def _window(self, clone: Clone, region: Region, page: int) -> tuple[int, int]:
+    def _window(self, region: Region, page: int) -> tuple[int, int]:
         """The pages to bring in for a fault at ``page``."""
-        size = clone.window
+        size = self.window
         start, limit = region.offset // PAGE, (region.offset + region.size) // PAGE
         first = page // size * size
         end = first + size
@@ -343,8 +346,13 @@ def chunks(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield start, min(CHUNK, first + count - start)
 
 
+def used(shared: mmap.mmap) -> list[tuple[int, int]]:
+    """The pages that a clone has used so far: its working set if nothing was replayed."""
+    return present(shared[HEADER:])
+
+
 def present(states: bytes) -> list[tuple[int, int]]:
-    """The pages that are there, as ranges (first, count): what a clone has used so far."""
+    """The pages that are there, as ranges (first, count)."""
     return [(m.start(), m.end() - m.start()) for m in re.finditer(b"[\x01\x03]+", states)]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -81,8 +82,10 @@ class ClientOutput(Output):
 class ClientSupervisor(Supervisor):
     """Supervises a clone for a client, whose process the VM is listed under."""
 
-    def __init__(self, spec: RunSpec, config: Config, start: Any, client: Client) -> None:
-        super().__init__(spec, config, start, on_started=client.started)
+    def __init__(
+        self, spec: RunSpec, config: Config, start: Any, client: Client, *, on_started: Callable[[], None]
+    ) -> None:
+        super().__init__(spec, config, start, on_started=on_started)
         self.client = client
         if isinstance(start, Pooled):
             self.id = start.clone.id

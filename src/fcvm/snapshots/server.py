@@ -21,7 +21,7 @@ from pathlib import Path
 from fc_agent.structs import Struct
 from fcvm import log
 from fcvm.config import Config
-from fcvm.errors import FcvmError, SnapshotError
+from fcvm.errors import FcvmError
 from fcvm.linux import sockets
 from fcvm.network import attach
 from fcvm.network import spec as network_spec
@@ -29,7 +29,8 @@ from fcvm.network.attach import Network
 from fcvm.setup import Assets
 from fcvm.snapshots import manifest, page_faults, restore, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
-from fcvm.snapshots.pool import Kit, Loaded, Pool
+from fcvm.snapshots.pool import Kit, Pool
+from fcvm.snapshots.recording import Recorder
 from fcvm.snapshots.served import Client, ClientSupervisor, Pooled
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from fcvm.snapshots.restore import Backend
 
 REQUEST_TIME = 10.0  # seconds for a client to say what it wants
-RECORDING = 10.0  # seconds after its resume in which what the first clone uses counts as the working set
 
 
 class Settings(Struct):
@@ -76,7 +76,7 @@ class CloneServer:
         self.clients: dict[Client, threading.Thread] = {}
         self.changed = threading.Condition()
         self.memory: MemoryServer | None = None
-        self.recorded = False
+        self.recorder: Recorder | None = None
         self.stopping = False
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.waking = threading.RLock()  # a signal handler may stop us while its own thread does
@@ -147,7 +147,8 @@ class CloneServer:
                     on_failure=self._memory_failed,
                 )
             )
-            self.recorded = not record
+            if record:
+                self.recorder = Recorder(snapshot, self.memory)
         elif settings.prefetch:
             _read_ahead(snapshot)
 
@@ -246,8 +247,14 @@ class CloneServer:
             log_prefix=bool(request.get("log_prefix", False)),
             detach=True,  # its output is not the server's
         )
-        with self._start(spec) as start:
-            supervisor = ClientSupervisor(spec, self.config, start, client)
+        with self._start(spec) as start, contextlib.ExitStack() as ends:
+
+            def started() -> None:
+                if self.recorder is not None:
+                    ends.callback(self.recorder.watch(supervisor.firecracker.pid))
+                client.started()
+
+            supervisor = ClientSupervisor(spec, self.config, start, client, on_started=started)
             client.supervisor = supervisor
             streams = threading.Thread(target=self._carry, args=(supervisor,), name="streams")
             listener = threading.Thread(target=client.listen, name="requests")
@@ -270,7 +277,6 @@ class CloneServer:
             yield clones.Clone(self.assets, self.settings.tag)
             return
         with self.pool.take() as clone:
-            self._record(clone)
             yield Pooled(clone, self.settings.tag)
 
     @staticmethod
@@ -279,28 +285,6 @@ class CloneServer:
             supervisor.carry_streams()
         except BrokenPipeError:  # the client does not read any more: as with `podman run`, that ends the VM
             supervisor.ask({"op": "kill"})
-
-    def _record(self, clone: Loaded) -> None:
-        """Learn from the first clone which pages are needed soon after a start."""
-        if self.memory is None or self.recorded:
-            return
-        self.recorded = True
-        memory, pid = self.memory, clone.firecracker.pid
-
-        def save() -> None:
-            used = memory.used(pid)
-            memory.window = page_faults.WINDOW
-            if used:
-                try:
-                    pages = working_set.save(self.snapshot, used)
-                    memory.replay(working_set.path(self.snapshot))
-                    log.info(f"recorded a working set of {pages * 4 // 1024} MiB")
-                except SnapshotError as error:
-                    log.warning(error.message)
-
-        timer = threading.Timer(RECORDING, save)
-        timer.daemon = True
-        timer.start()
 
     def _end_clients(self) -> None:
         """End the clones of all clients, and wait for that."""
