@@ -1,11 +1,14 @@
 """fcvm.snapshots.store: published whole or not at all, and not removed while in use."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +213,42 @@ def test_snapshot_in_use_is_not_removed(layout: Layout) -> None:
         user.kill()
     store.remove(layout, "warm")
     assert store.tags(layout) == []
+
+
+@contextlib.contextmanager
+def others(look: Callable[[], object]) -> Iterator[None]:
+    """Inside the block two others ``look`` again and again."""
+    ended = threading.Event()
+
+    def body() -> None:
+        while not ended.is_set():
+            look()
+
+    threads = [threading.Thread(target=body) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_whoever_looks_is_no_user(layout: Layout) -> None:
+    """Two `fcvm snapshots ls` at once said that a snapshot was in use, and one made `rm` fail."""
+    make(layout, "warm")
+    with others(lambda: store.in_use(layout, "warm")):
+        assert not any(store.in_use(layout, "warm") for _ in range(100))
+        store.remove(layout, "warm")
+
+
+def test_whoever_sweeps_does_not_stand_in_a_makers_way(layout: Layout) -> None:
+    """Nor sweeps away what one has just begun."""
+    with others(lambda: store.sweep(layout)):
+        for number in range(30):
+            with contextlib.suppress(SnapshotError), store.creating(layout, f"warm-{number}"):
+                pass  # all is missing
 
 
 def test_prune_keeps_what_the_user_made(layout: Layout) -> None:

@@ -89,11 +89,12 @@ def creating(layout: Layout, tag: str) -> Iterator[Path]:
     """
     path = layout.snapshots / check_tag(tag)
     temporary = layout.snapshots / (tag + CREATING)
-    try:
-        temporary.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise write_error(error, temporary) from error
-    fd = _lock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _looking(layout):
+        try:
+            temporary.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise write_error(error, temporary) from error
+        fd = _lock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if fd is None:
         raise ConflictError(f"A snapshot named {tag!r} is being made.", hint="fcvm snapshots")
     try:
@@ -164,9 +165,10 @@ def snapshots(layout: Layout) -> list[Snapshot]:
 
 def in_use(layout: Layout, tag: str) -> bool:
     """Whether somebody restores from it, runs a server of it, or makes it."""
-    fd = _lock(layout.snapshots / tag, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if fd is not None:
-        os.close(fd)
+    with _looking(layout):
+        fd = _lock(layout.snapshots / tag, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fd is not None:
+            os.close(fd)
     return fd is None and (layout.snapshots / tag).exists()
 
 
@@ -177,7 +179,8 @@ def remove(layout: Layout, tag: str) -> int:
         NotFoundError: there is none. ConflictError: it is in use. SnapshotError: it may not be removed.
     """
     path = layout.snapshots / check_tag(tag)
-    fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _looking(layout):
+        fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if fd is None:
         if not path.is_dir():
             raise _unknown(tag)
@@ -221,14 +224,13 @@ def prune(layout: Layout, *, everything: bool = False) -> list[tuple[str, int]]:
 def sweep(layout: Layout) -> list[tuple[str, int]]:
     """Remove what killed makers and removers left; returns the names with the bytes that each took."""
     removed = []
-    for path in layout.snapshots.iterdir():
-        if not _is_temporary(path):
-            continue
-        fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if fd is not None:
-            removed.append((path.name, _bytes_on_disk(path)))
-            remove_path(path, ignore_errors=True)
-            os.close(fd)
+    for path in filter(_is_temporary, layout.snapshots.iterdir()):
+        with _looking(layout):  # also while it is removed, which its next maker has to wait for
+            fd = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd is not None:
+                removed.append((path.name, _bytes_on_disk(path)))
+                remove_path(path, ignore_errors=True)
+                os.close(fd)
     return removed
 
 
@@ -264,6 +266,17 @@ def _unknown(tag: str) -> NotFoundError:
 
 def _is_temporary(path: Path) -> bool:
     return path.name.endswith((CREATING, REMOVING)) or path.name.startswith(".")
+
+
+@contextlib.contextmanager
+def _looking(layout: Layout) -> Iterator[None]:
+    """Only one at a time looks whether somebody holds a snapshot."""
+    fd = os.open(layout.snapshots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _lock(path: Path, operation: int) -> int | None:
