@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, ls, ok, running, vm
+from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm
 
 
 def test_hello() -> None:
@@ -197,6 +197,17 @@ def test_names_are_unique(detached, vm_name: str) -> None:
     again = fcvm("podman", "run", "--name", vm_name, DEMO, "--", "true")
     assert again.returncode == 125
     assert f"fcvm stop {vm_name}" in again.stderr.decode()
+
+
+def test_two_runs_have_no_identity_in_common(detached) -> None:
+    """Both start from one boot snapshot."""
+    other = detached("sleep", "600")
+    look = "ls /var/lib/containers/storage/overlay-containers; cat /etc/machine-id; cat /proc/sys/kernel/random/uuid"
+    with running("podman", "run", "--name", f"{other}-2", DEMO, "--", "sh", "-c", "echo up; sleep 600") as process:
+        line(process)
+        found = [ok("exec", "--vm", name, "--", "sh", "-c", look).decode().split() for name in (other, f"{other}-2")]
+        assert [len(one) for one in found] == [3, 3]
+        assert not set(found[0]) & set(found[1])
 
 
 def test_ls_json_has_every_documented_field(detached, vm_name: str) -> None:

@@ -135,6 +135,23 @@ def test_clones_that_come_and_go_leave_nothing(server: str, vm_name: str) -> Non
     assert vm(vm_name) is None
 
 
+def test_a_clone_in_the_background_lives_as_long_as_its_server(baseline: str, vm_name: str) -> None:
+    pid = ok("snapshot", "serve", "-d", "--pool", "1", baseline).decode().strip()
+    try:
+        assert ok("snapshot", "run", "--pid", pid, "-d", "--name", vm_name, "--network", "none").decode().strip() == vm_name
+        wait(lambda: len(ok("logs", "--tail", "3", vm_name).split()) == 3)
+        before = int(ok("exec", vm_name, "--", "cat", "/tmp/count"))
+        wait(lambda: int(ok("exec", vm_name, "--", "cat", "/tmp/count")) > before)
+        found = vm(vm_name) or {}
+        assert (found["network"]["mode"], found["snapshot"]) == ("none", baseline)
+        assert clones(pid) == [vm_name]
+        ok("snapshots", "prune", "--all")
+        assert baseline in ok("snapshots").decode(), "what is served is in use"
+    finally:
+        assert ok("snapshot", "stop", pid).decode() == f"{pid}\n"
+    assert vm(vm_name) is None
+
+
 def test_a_killed_server_ends_its_clones_with_a_message(baseline: str, vm_name: str) -> None:
     with (
         serving(baseline, "--backend", "uffd") as (_, pid),
@@ -246,8 +263,10 @@ def test_example_scale_out() -> None:
 # As fast as a shell can: who it is, and a random number; beside it a connection to the host, until that ends.
 RESTLESS = """
 (nc host.containers.internal PORT >/tmp/heard; echo ended >/tmp/ended) &
+httpd -h /www
 while :; do read name </proc/sys/kernel/hostname; read uuid </proc/sys/kernel/random/uuid; echo $name $uuid; done >/tmp/lines
 """
+COUNT = "n=0; while :; do echo $n; n=$((n+1)); done"
 
 
 @pytest.fixture(scope="module")
@@ -275,14 +294,19 @@ def pair(talker: int) -> Iterator[tuple[str, list[str]]]:
     """A source whose snapshot was taken while all kinds of things went on in it, and two clones."""
     source, tag, names = name(), name(), [name(), name()]
     script = RESTLESS.replace("PORT", str(talker))
-    ok("podman", "run", "-d", "--name", source, "--forward-localhost", str(talker), DEMO, "--", "sh", "-c", script)
+    options = ["--forward-localhost", str(talker), "--publish", "127.0.0.1::80"]
+    ok("podman", "run", "-d", "--name", source, *options, DEMO, "--", "sh", "-c", script)
     try:
         wait(lambda: fcvm("exec", source, "--", "test", "-s", "/tmp/heard").returncode == 0)
         with contextlib.ExitStack() as stack:
             for place in ([], ["--vm"]):
                 process = stack.enter_context(running("exec", source, *place, "--", "sh", "-c", "echo begun; sleep 4711"))
                 assert line(process) == b"begun"
+            counting = stack.enter_context(running("exec", source, "--", "sh", "-c", COUNT))
+            numbers = [int(line(counting)) for _ in range(100)]
             ok("snapshot", "create", source, "--tag", tag)
+            numbers += [int(line(counting)) for _ in range(5000)]
+            assert numbers == list(range(len(numbers))), "a session that ran meanwhile lost or repeated something"
             for clone in names:
                 stack.enter_context(running("snapshot", "run", "--snapshot", tag, "--name", clone))
             for clone in names:
@@ -315,6 +339,13 @@ def test_connections_end_in_a_clone_and_go_on_in_the_source(pair: tuple[str, lis
     heard = len(ok("exec", source, "--", "cat", "/tmp/heard"))
     wait(lambda: len(ok("exec", source, "--", "cat", "/tmp/heard")) > heard)
     assert fcvm("exec", source, "--", "test", "-e", "/tmp/ended").returncode == 1
+
+
+def test_the_source_keeps_its_published_port(pair: tuple[str, list[str]]) -> None:
+    source, _ = pair
+    (port,) = (vm(source) or {})["network"]["ports"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port['host_port']}/", timeout=TIMEOUT) as answer:
+        assert answer.status == 200
 
 
 def test_sessions_of_the_source_are_not_in_a_clone(pair: tuple[str, list[str]]) -> None:
