@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 # Of the user's settings, those that shape a VM go along; those about places (base_dir, firecracker) are the machine's own.
 FORWARDED_SETTINGS = ("log", "cpu", "mem", "scratch_size", "stop_timeout", "log_size", "kernel_profile")
 
+# They start no VM, so they need nothing of setup's.
+WITHOUT_ASSETS = ("exec", "logs", "ls", "rm", "stop")
+
 
 def forward(args: argparse.Namespace, context: Context) -> int:
     """Run the command in the machine, started first if it is not running; returns the command's exit code."""
     from fcvm.machine.forward import forward as send
 
     settings = {name: str(getattr(context.config, name)) for name in FORWARDED_SETTINGS}
-    return send({"args": vars(args), "settings": settings}, context.config)
+    envelope = {"args": vars(args), "settings": settings}
+    return send(envelope, context.config, needs_assets=args.fcvm_command not in WITHOUT_ASSETS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from fcvm import hostpath
 from fcvm.agent.session import FORWARDED, Exit, Request, stream, to_descriptors
 from fcvm.config import Config
-from fcvm.errors import AgentError, FcvmError, MachineError
+from fcvm.errors import AgentError, FcvmError, MachineError, SetupError
 from fcvm.linux import sockets
 from fcvm.machine import state
 from fcvm.machine.state import Places
-from fcvm.machine.sync import BASE, HOST, Plan, plan, synced
+from fcvm.machine.sync import BASE, HOST, Plan, code_alone, plan, synced
 from fcvm.network import address
 from fcvm.setup.assets import Assets, find
 from fcvm.storage.layout import Layout
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 PASSED_ON = ("TERM", "COLORTERM", "NO_COLOR", "LANG", "LC_ALL", "TZ")
 
 
-def forward(envelope: Mapping[str, Any], config: Config) -> int:
+def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool = True) -> int:
     """Run the command that ``envelope`` describes in the machine, started first if need be; returns its exit code.
+
+    Arguments:
+        needs_assets: it starts VMs. Others work in a running machine though a new fcvm has not been set up yet.
 
     Raises:
         SetupError: setup has not been run.
@@ -40,11 +43,16 @@ def forward(envelope: Mapping[str, Any], config: Config) -> int:
         BrokenPipeError: nobody reads our output any more; the command is hung up.
     """
     layout = Layout(config.base_dir)
-    assets = find(config, layout)
     places = Places.of(layout.base)
-    wanted = plan(assets, layout.base)
+    try:
+        assets: Assets | None = find(config, layout)
+    except SetupError:
+        if needs_assets or state.read(places).phase != "running":
+            raise
+        assets = None
+    wanted = plan(assets, layout.base) if assets else code_alone()
     if not _ready(places, wanted):
-        _prepare(config, layout, assets)
+        _prepare(config, layout, assets, wanted)
     request = Request(
         [str(wanted.code), json.dumps(envelope)],
         target="fcvm",
@@ -102,12 +110,16 @@ def _ready(places: Places, wanted: Plan) -> bool:
     return synced(places, wanted) and state.alive(places)
 
 
-def _prepare(config: Config, layout: Layout, assets: Assets) -> None:
+def _prepare(config: Config, layout: Layout, assets: Assets | None, wanted: Plan) -> None:
     from fcvm.machine.machine import Machine
     from fcvm.setup import progress
 
+    machine = Machine(config, layout)
     with progress.open() as shown:
-        Machine(config, layout).ensure_started(assets, shown)
+        if assets:
+            machine.ensure_started(assets, shown)
+        else:
+            machine.renew(wanted, shown)
 
 
 def has_terminal() -> bool:

@@ -18,7 +18,7 @@ from fcvm.errors import HostError, MachineError
 from fcvm.machine import state
 from fcvm.machine.keeper import STOP_TIME, Job
 from fcvm.machine.state import Places, State
-from fcvm.machine.sync import SOURCES, plan, sync, synced
+from fcvm.machine.sync import SOURCES, Plan, plan, sync, synced
 from fcvm.setup.assets import Assets
 from fcvm.setup.progress import Progress, Step
 from fcvm.storage.layout import Layout
@@ -65,10 +65,13 @@ class Machine(Struct):
         if state.read(places).phase != "running":
             with progress.step("Machine (emulated host)") as step:
                 self._start(assets, step)
-        wanted = plan(assets, self.layout.base)
-        if not synced(places, wanted):
+        self.renew(plan(assets, self.layout.base), progress)
+
+    def renew(self, wanted: Plan, progress: Progress) -> None:
+        """Give the running machine what it is to have, unless it has that. Raises MachineError: it could not be copied."""
+        if not synced(self.places, wanted):
             with progress.step("Copying fcvm into the machine") as step:
-                sync(places, wanted, self.user, step.note)
+                sync(self.places, wanted, self.user, step.note)
 
     def _start(self, assets: Assets, step: Step) -> None:
         places = self.places

@@ -64,6 +64,11 @@ def plan(assets: Assets, base: Path) -> Plan:
     return Plan(tuple(files), BASE / "code" / code_key(), BASE / "cache" / f"assets-{key}.json", content)
 
 
+def code_alone() -> Plan:
+    """For commands that start no VM: fcvm's code, and no assets."""
+    return Plan((), BASE / "code" / code_key(), Path(os.devnull), "")
+
+
 def code_key() -> str:
     """Changes whenever a file of fcvm's packages does: a hash over their names, sizes and times."""
     return hashlib.sha256(json.dumps(code_files()).encode()).hexdigest()[:16]
