@@ -41,6 +41,8 @@ _AHEAD = struct.Struct("<IiQQ")  # header of ATTRIBUTES or CONTENT with the node
 _READ = struct.Struct("<QQI")  # struct fuse_read_in up to size
 _OPEN_FLAGS = struct.Struct("<I")
 _HANDLE = struct.Struct("<Q")
+_COUNT = struct.Struct("<I")
+_FORGOTTEN_AT = m.IN_HEADER.size + m.BATCH_FORGET_IN.size
 _MODE_AT = m.ATTR_OUT.fields.index("mode")
 
 _NAMES = (m.CREATE, m.MKNOD, m.MKDIR, m.SYMLINK, m.LINK, m.UNLINK, m.RMDIR, m.RENAME, m.RENAME2)
@@ -53,7 +55,7 @@ _ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, m.COPY_FILE_RANGE,
 _ANY = frozenset((m.RMDIR, m.RENAME, m.RENAME2))
 _WATCHED = frozenset((*_NAMES, m.FLUSH, m.FSYNC, m.OPEN))  # whose answers are looked at
 NOTED = frozenset((
-    *_CHANGES, *_READS, *_WATCHED, m.GETATTR, m.GETXATTR, m.RELEASE, m.RELEASEDIR,
+    *_CHANGES, *_READS, *_WATCHED, m.GETATTR, m.GETXATTR, m.RELEASE, m.RELEASEDIR, m.FORGET, m.BATCH_FORGET,
 ))  # fmt: skip
 
 
@@ -134,9 +136,20 @@ class Shortcuts:
             self._new.pop(nodeid, None)
         elif opcode == m.SETLK or opcode == m.SETLKW:
             self.locked.add(nodeid)
+        elif opcode == m.FORGET:
+            self._forget(nodeid)
+        elif opcode == m.BATCH_FORGET:
+            (count,) = _COUNT.unpack_from(buffer, m.IN_HEADER.size)
+            for number in range(count):
+                self._forget(*_HANDLE.unpack_from(buffer, _FORGOTTEN_AT + number * m.FORGET_ONE.size))
         if opcode in _WATCHED:
             self.asked[unique] = opcode, nodeid, next(self._turns)
         return None
+
+    def _forget(self, nodeid: int) -> None:
+        """The kernel has dropped a file: nobody has it open, so nobody has a lock."""
+        self.locked.discard(nodeid)
+        self.written.discard(nodeid)
 
     def _write(self, channel: Channel, unique: int, nodeid: int, buffer: bytearray) -> bytes | None:
         self.written.add(nodeid)

@@ -81,6 +81,17 @@ def test_flush_goes_to_the_server_only_after_a_write_or_lock(kernel: Kernel) -> 
     assert kernel.ask(m.FLUSH, FILE, fh=1) is None
 
 
+def test_what_the_kernel_forgets_is_forgotten(kernel: Kernel) -> None:
+    """A database makes, locks and removes files for ever."""
+    for nodeid in (FILE, OTHER, 8):
+        kernel.ask(m.SETLK, nodeid, fh=1, owner=1, start=0, end=1, type=1)
+        write(kernel, nodeid)
+    assert kernel.ask(m.FORGET, FILE, nlookup=1) is None
+    assert not kernel.quiet
+    assert kernel.ask(m.BATCH_FORGET, 0, m.FORGET_ONE.encode(nodeid=OTHER, nlookup=1), m.FORGET_ONE.encode(nodeid=9, nlookup=2), count=2) is None
+    assert kernel.shortcuts.locked == kernel.shortcuts.written == {8}
+
+
 def test_release_is_answered_and_passed_on(kernel: Kernel) -> None:
     assert error_of(kernel.ask(m.RELEASE, FILE, fh=1)) == 0
     assert kernel.quiet
