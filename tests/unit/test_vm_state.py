@@ -1,17 +1,24 @@
 """The record of each VM and the question whether it lives."""
 
+import argparse
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fc_agent import structs
+from fcvm import config
+from fcvm.cli import ls
+from fcvm.cli.context import Context
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage.layout import Layout
 from fcvm.vm import state
@@ -229,3 +236,30 @@ def test_a_damaged_record_names_no_other_vm_and_no_other_time(tmp_path: Path, al
     state.sweep(layout)
     assert victim.exists()
     assert left(layout) == []
+
+
+def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The way to everything in ``value``."""
+    if path:
+        yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def test_whatever_a_damaged_record_holds_the_others_are_listed(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    port = {"host_ip": "127.0.0.1", "host_port": 8080, "guest_port": 80, "protocol": "tcp", "loopback_only": False}
+    network = {"mode": "bridged", "host_ip": "10.0.0.1", "ports": [port], "dns": ["1.1.1.1"]}
+    full = record("damaged", status="exited", keep=True, exit_code=0, network=network, labels={"a": "b"},
+                  volumes=[{"host": "/srv", "guest": "/data", "read_only": True}])  # fmt: skip
+    sound = record("sound", status="exited", keep=True)
+    for entry in (full, sound):
+        state.write(layout, entry)
+    for path in places(structs.asdict(full)):
+        for strange in (None, True, -1, 1 << 70, 0.5, "", "x", [], [[]], [None], ["x"], [5], {}, {"x": 5}, {"guest": 5}):
+            values = json.loads(json.dumps(structs.asdict(full)))
+            *parents, last = path
+            functools.reduce(lambda value, key: value[key], parents, values)[last] = strange
+            (layout.state / f"{full.id}.json").write_text(json.dumps(values))
+            for as_json in (False, True):
+                assert ls.run(argparse.Namespace(all=True, pid=None, json=as_json), Context(config.load({"base_dir": str(layout.base)}))) == 0, values
+                assert "sound" in capsys.readouterr().out

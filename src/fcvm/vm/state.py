@@ -158,7 +158,20 @@ def read(layout: Layout, vm_id: str) -> Record | None:
     except (OSError, ValueError):
         return None
     sound = record.schema == SCHEMA and record.id == vm_id and records_on_disk.is_time(record.created_at)
-    return record if sound else None
+    return record if sound and _has_sound_lists(record) else None
+
+
+def _has_sound_lists(record: Record) -> bool:
+    """Whether ports and volumes are what docs/json.md says, as far as `fcvm ls` relies on it."""
+    ports = record.network.get("ports", [])
+    return (
+        isinstance(ports, list)
+        and all(isinstance(port, dict) for port in ports)
+        and all(
+            isinstance(volume, dict) and isinstance(volume.get("guest"), str) and isinstance(volume.get("read_only"), bool)
+            for volume in record.volumes
+        )
+    )
 
 
 def records(layout: Layout) -> Iterator[Record]:
