@@ -317,29 +317,22 @@ def test_a_hundred_sessions_at_once(place: Place) -> None:
 
 
 def test_without_grace_the_whole_session_dies_with_its_client(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "jobs")
     place = Place(tmp_path / "s", grace=0)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(place.close)
         connection = place.connect()
-        session.wire.send_line(connection, {"open": vars(shell("trap '' HUP TERM; sleep 1000 & sleep 1000"))})
+        script = f"trap '' HUP TERM; sleep 1000 & one=$!; sleep 1000 & echo $one $! >{tmp_path}/jobs; wait"
+        session.wire.send_line(connection, {"open": vars(shell(script))})
         session.wire.read_line(connection)
-        leader = place.launched[0]
-        wait_until(lambda: len(members(leader.pid)) == 3)
+        ends = []
+        for pid in (place.launched[0].pid, *map(int, (tmp_path / "jobs").read_text().split())):
+            ends.append(os.pidfd_open(pid))
+            stack.callback(os.close, ends[-1])
+        assert len(ends) == 3
         connection.close()
-        wait_until(lambda: not members(leader.pid))
-    finally:
-        place.close()
-
-
-def members(leader: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == leader and fields[0] != "Z":
-                    found.append(int(entry.name))
-    return found
+        for end in ends:
+            assert select.select([end], [], [], 60)[0]
 
 
 def test_an_abandoned_session_is_hung_up_then_killed(tmp_path: Path) -> None:
