@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,6 +350,46 @@ def test_working_set_is_learned_from_a_first_clone_that_ends_at_once(layout: Lay
         (listed,) = servers.running(layout)
         assert listed["faults"] < first
     recorded.unlink()
+
+
+@pytest.fixture
+def connected(layout: Layout) -> Iterator[str]:
+    """The tag of a snapshot of a VM that had a network, its own resolver, and a port of the host's loopback."""
+    warm = layout.snapshots / "warm"
+    copy = layout.snapshots / "connected"
+    shutil.copytree(warm, copy)
+    values = json.loads((warm / "config.json").read_text())
+    values["spec"] |= {"forward_localhost": ["5432"], "dns": ["192.0.2.53"]}
+    values["network"] = "rootless"
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(values))
+    yield "connected"
+    store.remove(layout, "connected")
+
+
+def network_of(layout: Layout, pid: int, *words: object) -> tuple[str, list[str], list[str]]:
+    """That of a clone: its mode, forwarded ports and resolvers."""
+    with client(layout, "--pid", pid, "--name", "one", *words) as process:
+        line_of(process)
+        (record,) = state.records(layout)
+        process.kill()
+        wait_until(layout, [])
+    return record.network["mode"], record.network["forward_localhost"], record.network["dns"]
+
+
+def test_network_of_a_snapshot_is_that_of_the_pool(layout: Layout, connected: str) -> None:
+    with serving(layout, tag=connected, backend="uffd") as server:
+        assert network_of(layout, server.pid) == ("rootless", ["5432/tcp"], ["192.0.2.53"])
+        assert servers.running(layout)[0]["taken"] == 1, "it was ready"
+        assert network_of(layout, server.pid, "--network", "none")[:2] == ("none", [])
+        wait_ready(layout, 1)
+        before = servers.running(layout)[0]["faults"]
+        network_of(layout, server.pid, "--network", "none")
+        assert servers.running(layout)[0]["faults"] > before, "its memory is served as well"
+        assert servers.running(layout)[0]["taken"] == 1
+    with serving(layout, tag=connected, network="none") as server:
+        assert network_of(layout, server.pid)[:2] == ("none", [])
+        assert network_of(layout, server.pid, "--network", "rootless")[:2] == ("rootless", ["5432/tcp"])
 
 
 def test_clones_that_come_and_go_leave_nothing_in_the_server(layout: Layout) -> None:

@@ -98,7 +98,12 @@ def _configure_run(parser: argparse.ArgumentParser) -> None:
         metavar="[IP:][HOST:]GUEST[/udp]",
         help="publish a port; with --count, a range of N ports of the host gives one to each clone",
     )
-    add("--network", metavar="MODE", choices=("rootless", "bridged", "none"), help="another network than the server's")
+    add(
+        "--network",
+        metavar="MODE",
+        choices=("rootless", "bridged", "none"),
+        help="another network than the server's, or the snapshot's; the server has no such clone ready and loads it then",
+    )
     add("--detach", "-d", action="store_true", help="print the name and return; the clone lives as long as the server")
     add(
         "--log-prefix",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from fc_agent.structs import Struct, field
+from fc_agent.structs import Struct, field, replace
 from fcvm import host
 from fcvm.errors import FcvmError, SnapshotError
 from fcvm.firecracker.process import Firecracker
@@ -28,7 +28,7 @@ from fcvm.snapshots import restore
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import remove
 from fcvm.vm.paths import POOL
-from fcvm.vm.state import hold
+from fcvm.vm.state import hold, new_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -232,6 +232,13 @@ class Pool:
             raise
         return got
 
+    def make(self, network: NetworkFactory) -> Loaded:
+        """A clone with another network than the kit's, loaded now; raises what stands in the way."""
+        clone_id = new_id()
+        clone = Loaded(replace(self.kit, network=network), clone_id, self.directory / clone_id)
+        clone.wait()
+        return clone
+
     def _await(self, deadline: float) -> None:
         """Wait for a change; raises what has prevented it."""
         if self._closing:
@@ -340,7 +347,7 @@ class Pool:
         loading: list[Loaded] = []
         try:
             for _ in range(count):
-                clone_id = os.urandom(6).hex()
+                clone_id = new_id()
                 directory = self.directory / clone_id
                 loading.append(Loaded(self.kit, clone_id, directory, on_resumed=self._refill))
             while loading:

@@ -83,13 +83,12 @@ class ClientSupervisor(Supervisor):
     """Supervises a clone for a client, whose process the VM is listed under."""
 
     def __init__(
-        self, spec: RunSpec, config: Config, start: Any, client: Client, *, on_started: Callable[[], None]
+        self, spec: RunSpec, config: Config, start: Pooled, client: Client, *, on_started: Callable[[], None]
     ) -> None:
         super().__init__(spec, config, start, on_started=on_started)
         self.client = client
-        if isinstance(start, Pooled):
-            self.id = start.clone.id
-            self.directory = self.layout.vms / self.id
+        self.id = start.clone.id
+        self.directory = self.layout.vms / self.id
 
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         super()._acquire(stack)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fc_agent.structs import Struct
-from fcvm import log
+from fcvm import host, log
 from fcvm.config import Config
 from fcvm.errors import FcvmError
 from fcvm.linux import sockets
@@ -43,6 +43,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from fcvm.snapshots.pool import NetworkFactory
     from fcvm.snapshots.restore import Backend
 
 REQUEST_TIME = 10.0  # seconds for a client to say what it wants
@@ -111,7 +112,8 @@ class CloneServer:
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
             version = self.assets.firecracker_version
             manifest.check(settings.tag, self.snapshot.manifest, firecracker=version, host=manifest.this_host())
-            self.mode = clones.spec_of(self.snapshot, name="clone", network=self._mode()).network
+            spec = clones.spec_of(self.snapshot, name="clone", network=self._mode())
+            self.mode = spec.network
             info = {
                 "pid": os.getpid(),
                 "tag": settings.tag,
@@ -120,7 +122,7 @@ class CloneServer:
                 "created_at": time.time(),
             }
             directory = stack.enter_context(servers.registered(self.layout, info))
-            kit = self._kit(stack, directory)
+            kit = self._kit(stack, directory, spec)
             self.pool = stack.enter_context(
                 Pool(kit, self.layout.vms, minimum=settings.minimum, maximum=settings.maximum)
             )
@@ -133,7 +135,7 @@ class CloneServer:
     def _mode(self) -> str:
         return self.settings.network or self.snapshot.manifest.network
 
-    def _kit(self, stack: contextlib.ExitStack, directory: Path) -> Kit:
+    def _kit(self, stack: contextlib.ExitStack, directory: Path, spec: RunSpec) -> Kit:
         settings, snapshot = self.settings, self.snapshot
         recorded = working_set.path(snapshot)
         if settings.backend == "uffd":
@@ -152,17 +154,15 @@ class CloneServer:
         elif settings.prefetch:
             _read_ahead(snapshot)
 
-        def network(clone_id: str, place: Path) -> Network:
-            return attach.create(networks.placed(network_spec.parse(self.mode)), clone_id, place)
-
         return Kit(
             snapshot=snapshot,
             firecracker=self.assets.firecracker,
             disks=restore.find_disks(snapshot, self.layout),
             backend=settings.backend,
             memory_socket=self.memory.socket if self.memory else None,
-            network=network,
-            arguments=tuple(snapshot.manifest.spec.get("firecracker_args", ())),
+            dirty_tracking=not host.deep(),
+            network=_network(spec),
+            arguments=tuple(spec.firecracker_args),
         )
 
     def _memory_failed(self, pid: int, message: str) -> None:
@@ -270,13 +270,11 @@ class CloneServer:
                 listener.join()
 
     @contextlib.contextmanager
-    def _start(self, spec: RunSpec) -> Iterator[Any]:
+    def _start(self, spec: RunSpec) -> Iterator[Pooled]:
         """From the pool; a VM with another network than those in the pool is loaded for itself."""
-        network = network_spec.parse(spec.network, spec.publish, spec.forward_localhost, spec.dns)
-        if network.mode != self.mode or network.forward_localhost or network.dns:
-            yield clones.Clone(self.assets, self.settings.tag)
-            return
-        with self.pool.take() as clone:
+        network_spec.parse(spec.network, spec.publish)  # whether they go together
+        ready = spec.network == self.mode
+        with self.pool.take() if ready else self.pool.make(_network(spec)) as clone:
             yield Pooled(clone, self.settings.tag)
 
     @staticmethod
@@ -316,6 +314,16 @@ def _allow_many_descriptors() -> None:
     """A clone takes about twenty descriptors, and the usual soft limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _network(spec: RunSpec) -> NetworkFactory:
+    """Makes networks like that of ``spec``, its ports apart, which are published when a clone is taken."""
+
+    def create(clone_id: str, place: Path) -> Network:
+        wanted = network_spec.parse(spec.network, (), spec.forward_localhost, spec.dns)
+        return attach.create(networks.placed(wanted), clone_id, place)
+
+    return create
 
 
 def _read_ahead(snapshot: Snapshot) -> None:

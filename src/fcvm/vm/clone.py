@@ -25,7 +25,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from fcvm.snapshots.restore import Backend
     from fcvm.vm.supervisor import Supervisor
 
 # What a clone does not take over from the VM that the snapshot is of.
@@ -47,15 +46,15 @@ def spec_of(snapshot: Snapshot, **changes: Any) -> RunSpec:
             f"The snapshot {snapshot.tag!r} is of a VM that this fcvm does not know how to run: {error}.",
             hint=f"fcvm snapshots rm {snapshot.tag}, then make it again",
         ) from error
-    return replace(spec, **{"network": snapshot.manifest.network, **changes})
+    spec = replace(spec, **{"network": snapshot.manifest.network, **changes})
+    return replace(spec, forward_localhost=[]) if spec.network == "none" else spec  # there is nothing to forward over
 
 
 class Clone(Start):
-    """Load the snapshot ``source``, its memory mapped straight from the file (or served, with the uffd backend)."""
+    """Load the snapshot ``source``, its memory mapped straight from the file."""
 
     assets: Assets
     source: str
-    backend: Backend = "file"
     again: bool = False
 
     @property
@@ -89,7 +88,7 @@ class Clone(Start):
         ):
             vm.timings.mark("spawn")
             restore.check(snapshot, vmm)
-            restore.load(vmm, snapshot, backend=self.backend, dirty_tracking=not host.deep())
+            restore.load(vmm, snapshot, dirty_tracking=not host.deep())
             vm.timings.mark("load")
             yield vmm
 
