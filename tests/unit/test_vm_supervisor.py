@@ -443,6 +443,42 @@ def hello(vm: Supervisor, phase: str, **state: object) -> None:
     messages.deal(vm, {"type": "hello", "protocol": 1, "state": {"phase": phase, **state}})
 
 
+def test_an_agent_that_fails_at_something_ends_no_container(vm: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
+    vm.freezing = SimpleNamespace(waits=False)  # type: ignore[assignment]
+    messages.deal(vm, {"type": "error", "message": "OSError: it has no clock"})
+    assert "The guest agent failed: OSError: it has no clock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [{"phase": "planned"}, {"stop_sent": True}, {"freezing": SimpleNamespace(waits=True)}])
+def test_an_agent_that_fails_at_what_is_waited_for_ends_the_wait(vm: Supervisor, state: dict[str, Any]) -> None:
+    vm.freezing = SimpleNamespace(waits=False)  # type: ignore[assignment]
+    for name, value in state.items():
+        setattr(vm, name, value)
+    with pytest.raises(AgentError, match="failed: OSError"):
+        messages.deal(vm, {"type": "error", "message": "OSError"})
+
+
+def test_an_agent_that_talks_nonsense_ends_the_vm_also_within_a_request(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said with that, its exit perhaps, is lost."""
+
+    def receive() -> object:
+        raise AgentError("The guest agent sent something that is not JSON.")
+
+    theirs, ours = socket.socketpair()
+    vm.control = SimpleNamespace(receive=receive)  # type: ignore[assignment]
+    vm.requests = SimpleNamespace(accept=lambda: (ours, None))  # type: ignore[assignment]
+    vm.firecracker, vm.network = SimpleNamespace(pidfd=-1), SimpleNamespace(watch=[])  # type: ignore[assignment]
+    monkeypatch.setattr(requests.operations, "perform", lambda vm, request: vm._on_control())
+    with theirs:
+        theirs.sendall(b'{"op": "snapshot"}\n')
+        requests.serve(vm)
+        assert "not JSON" in json.loads(theirs.makefile().readline())["error"]
+        vm._selector.close()
+        vm._selector = SimpleNamespace(register=lambda *_: None, select=lambda *_: pytest.fail("it goes on"))  # type: ignore[assignment]
+        with pytest.raises(AgentError, match="not JSON"):
+            vm._loop()
+
+
 def test_an_identity_that_was_lost_with_its_connection_is_sent_again(vm: Supervisor, said: Said) -> None:
     hello(vm, "running", machine_id="its source's")
     deadline = vm.deadline

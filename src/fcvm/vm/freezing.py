@@ -21,7 +21,11 @@ LIMIT = 10.0  # seconds to wait for the agent, each time; natively it answers wi
 
 
 class Freezing:
-    """Of one VM. ``frozen`` is for its supervisor's loop, which passes on what the agent says of it."""
+    """Of one VM. ``frozen`` is for its supervisor's loop, which passes on what the agent says of it.
+
+    Attributes:
+        waits: it waits for the agent's answer, within a request for a snapshot.
+    """
 
     def __init__(self, control: Control, attend: Callable[[], None]) -> None:
         """
@@ -30,6 +34,7 @@ class Freezing:
         """
         self._control = control
         self._attend = attend
+        self.waits = False
         self._wanted = False
         self._is: bool | None = None  # None: the agent is one that does not know of this
 
@@ -67,6 +72,13 @@ class Freezing:
             self._reach(False, ended)
 
     def _reach(self, wanted: bool, ended: int) -> None:
+        self.waits = True
+        try:
+            self._ask(wanted, ended)
+        finally:
+            self.waits = False
+
+    def _ask(self, wanted: bool, ended: int) -> None:
         self._wanted = wanted
         self._control.send({"type": "freeze" if wanted else "thaw"})
         poll = select.poll()

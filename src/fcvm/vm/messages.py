@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def deal(vm: Supervisor, message: dict[str, Any]) -> None:
-    """Do what is to be done about ``message``; raises AgentError if the VM has to end."""
+    """Do what is to be done about ``message``; raises AgentError if the VM, or a request under way, cannot go on."""
     handler = HANDLERS.get(message["type"])
     if handler is None:
         log.debug(f"{vm.spec.name}: the agent sent {message['type']!r}, which is not known")
@@ -130,7 +130,11 @@ def _exit(vm: Supervisor, message: dict[str, Any]) -> None:
 
 
 def _error(vm: Supervisor, message: dict[str, Any]) -> None:
-    raise AgentError(f"The guest agent failed: {message.get('message')}")
+    """Without what it could not do there is no container, or no end of it; or no snapshot, whose request ends by this."""
+    error = AgentError(f"The guest agent failed: {message.get('message')}")
+    if not vm.running or vm.stop_sent or vm.freezing.waits:
+        raise error
+    log.warning(f"{vm.spec.name}: {error.message}")
 
 
 HANDLERS: dict[str, Handler] = {

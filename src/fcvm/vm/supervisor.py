@@ -95,6 +95,7 @@ class Supervisor:
         self.exit: dict[str, Any] | None = None
         self.deadline: float | None = None
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
+        self._misunderstood: AgentError | None = None
         self.killing = False
         self.stop_sent = False
         self.warmed = False  # the container was healthy, and a warm start taken if one was wanted
@@ -277,6 +278,8 @@ class Supervisor:
         for fd, message in self.network.watch:
             watch(fd, selectors.EVENT_READ, partial(self._on_network_end, message))
         while not self._over():
+            if self._misunderstood is not None:
+                raise self._misunderstood
             timeout = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
             ready = self._selector.select(timeout)
             if not ready and self.deadline is not None and time.monotonic() >= self.deadline:
@@ -341,7 +344,12 @@ class Supervisor:
         raise NetworkError(message)
 
     def _on_control(self) -> None:
-        for message in self.control.receive():
+        try:
+            received = self.control.receive()
+        except AgentError as error:  # a request that waits for the agent ends by this, and then the VM: who knows what it said
+            self._misunderstood = error
+            raise
+        for message in received:
             messages.deal(self, message)
 
     def _on_ask(self) -> None:
