@@ -28,6 +28,8 @@ one, and knows the exit code of the command that it ends. Exit codes follow Podm
 
 OPEN_FILES = "ulimit -n says how many a process may have open, sysctl fs.file-nr how many all have and may"  # a hint
 
+import errno
+
 
 class FcvmError(Exception):
     """Base of all deliberate errors: ``message`` for the user, optional ``hint``, and the process's ``exit_code``."""
@@ -100,3 +102,9 @@ class VolumeError(FcvmError):
 
 class MachineError(FcvmError):
     """The emulated host does not start or does not answer."""
+
+
+def of_system(error: OSError, *, hint: str) -> FcvmError:
+    """A failed system call that nobody has foreseen, as an error of ours; a full disk has a hint of its own."""
+    where = f"{error.filename}: " if error.filename else ""
+    return FcvmError(f"{where}{error.strerror or error}.", hint="df -h" if error.errno == errno.ENOSPC else hint)
