@@ -26,9 +26,10 @@ one, and knows the exit code of the command that it ends. Exit codes follow Podm
     └── MachineError        the emulated host does not start or answer
 """
 
-OPEN_FILES = "ulimit -n says how many a process may have open, sysctl fs.file-nr how many all have and may"  # a hint
-
 import errno
+
+OPEN_FILES = "ulimit -n says how many a process may have open, sysctl fs.file-nr how many all have and may"  # a hint
+HINTS = {errno.ENOSPC: "df -h", errno.EMFILE: OPEN_FILES, errno.ENFILE: OPEN_FILES}
 
 
 class FcvmError(Exception):
@@ -105,6 +106,6 @@ class MachineError(FcvmError):
 
 
 def of_system(error: OSError, *, hint: str) -> FcvmError:
-    """A failed system call that nobody has foreseen, as an error of ours; a full disk has a hint of its own."""
+    """A failed system call that nobody has foreseen, as an error of ours; ``hint`` is for those that have none of their own."""
     where = f"{error.filename}: " if error.filename else ""
-    return FcvmError(f"{where}{error.strerror or error}.", hint="df -h" if error.errno == errno.ENOSPC else hint)
+    return FcvmError(f"{where}{error.strerror or error}.", hint=HINTS.get(error.errno or 0, hint))

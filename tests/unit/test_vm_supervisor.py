@@ -153,6 +153,15 @@ def test_the_background_tells_of_a_full_disk() -> None:
 
     with pytest.raises(FcvmError, match=r"^/data/state: No space left on device\.$") as caught:
         background.detached("The work", fill, hint="look")
+    assert caught.value.hint == "df -h"
+
+
+def test_the_background_tells_of_what_the_system_refuses() -> None:
+    def refuse(_ready: object) -> int:
+        raise OSError(1, "Operation not permitted")
+
+    with pytest.raises(FcvmError, match=r"^Operation not permitted\.$") as caught:
+        background.detached("The work", refuse, hint="look")
     assert caught.value.hint == "look"
 
 

@@ -9,7 +9,6 @@ docs/architecture.md, "Commands: prepare, then run", says what each does.
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import importlib
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from fcvm import __version__
-from fcvm.errors import OPEN_FILES, FcvmError, UsageError
+from fcvm.errors import FcvmError, UsageError, of_system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,10 +147,7 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if os.environ.get("FCVM_LOG") == "debug":
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        hints = {errno.ENOSPC: "df -h", errno.EMFILE: OPEN_FILES, errno.ENFILE: OPEN_FILES}
-        hint = hints.get(error.errno or 0, "FCVM_LOG=debug shows where this came from")
-        report(FcvmError(f"{where}{error.strerror or error}.", hint=hint))
+        report(of_system(error, hint="FCVM_LOG=debug shows where this came from"))
         return FcvmError.exit_code
     except Exception:
         import traceback

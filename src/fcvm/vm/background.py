@@ -12,7 +12,7 @@ import select
 import signal
 from collections.abc import Callable, Iterator
 
-from fcvm.errors import FcvmError
+from fcvm.errors import FcvmError, of_system
 from fcvm.linux import leash
 from fcvm.vm import rpc
 
@@ -113,8 +113,7 @@ def _live(work: Work, report: int, hint: str) -> NoReturn:
             tell(rpc.failure(error))
             code = error.exit_code
         except OSError as error:  # a full disk, say
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-            tell({"error": f"{what}.", "hint": hint, "exit_code": code})
+            tell(rpc.failure(of_system(error, hint=hint)))
         except Exception:
             import traceback
 
