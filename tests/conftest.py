@@ -3,6 +3,7 @@
 import signal
 
 from hypothesis import settings
+from user_support import as_user, user  # noqa: F401
 
 # A shell starts background jobs with these ignored, nohup with the last one, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
