@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fc_agent.structs import replace
 from fcvm import config as settings
 from fcvm.errors import AgentError, ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker.process import Console
@@ -450,6 +451,27 @@ def said(vm: Supervisor, monkeypatch: pytest.MonkeyPatch) -> Said:
 
 def hello(vm: Supervisor, phase: str, **state: object) -> None:
     messages.deal(vm, {"type": "hello", "protocol": 1, "state": {"phase": phase, **state}})
+
+
+def hang(*_: object) -> tuple[object, bytes]:
+    threading.Event().wait()
+    return None, b""
+
+
+def lose(*_: object) -> tuple[object, bytes]:
+    raise AgentError("The connection to the agent was lost.")
+
+
+@pytest.mark.parametrize("guest", [hang, lose, lambda *_: (None, b""), lambda *_: (None, b"many\n")])
+def test_a_guest_that_does_not_tell_whether_vms_run_in_it_has_no_snapshot(
+    vm: Supervisor, guest: Callable[..., tuple[object, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests.operations, "COUNT_LIMIT", 0.2)
+    monkeypatch.setattr(requests.operations.sessions, "output", guest)
+    vm.spec = replace(vm.spec, nested="/disk")
+    with pytest.raises(AgentError, match="does not tell whether VMs run in it") as caught:
+        requests.operations.perform(vm, {"op": "snapshot", "tag": "x"})
+    assert caught.value.hint == "fcvm logs --console quiet"
 
 
 def test_an_agent_that_fails_at_something_ends_no_container(vm: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from fc_agent.protocol import PROTOCOL
 from fc_agent.structs import asdict
+from fcvm import host
 from fcvm.agent import session
-from fcvm.errors import ConflictError, SnapshotError, UsageError
+from fcvm.errors import AgentError, ConflictError, SnapshotError, UsageError
 from fcvm.firecracker import boot
 from fcvm.vm import sessions
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     Operation = Callable[["Supervisor", dict[str, Any]], dict[str, Any]]
 
+COUNT_LIMIT = 120.0  # seconds in which a guest has to tell what runs in it: an emulated one that runs a VM is slow
 # Prints how many processes of a guest have a VM open, whoever's it is.
 COUNT_VMS = "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c 'anon_inode:kvm-vm$'"
 
@@ -77,15 +81,33 @@ def _refuse_running_vms(vm: Supervisor) -> None:
     Firecracker (1.12) does not save KVM's nested state, so a vCPU of this VM that happens to be running a VM's code when it
     is paused would go on, in a clone, with that VM's registers as its own.
     """
-    request = session.Request(["/bin/sh", "-c", COUNT_VMS], target="vm", cwd="/")
-    _, output = sessions.output(vm.directory, request)
-    count = int(output or b"0")
+    count = _count_vms(vm)
     if count:
         raise ConflictError(
             f"{count} VM{'s run' if count > 1 else ' runs'} in the VM {vm.spec.name!r}, and Firecracker does not save that "
             "state: a snapshot would not restore.",
             hint=f"fcvm exec {vm.spec.name} --vm -- fcvm ls; take snapshots of those VMs inside, stop them, try again",
         )
+
+
+def _count_vms(vm: Supervisor) -> int:
+    """How many VMs run in this one; raises AgentError if it does not tell: it may hang, and the supervisor would with it."""
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        request = session.Request(["/bin/sh", "-c", COUNT_VMS], target="vm", cwd="/")
+        with contextlib.suppress(AgentError, OSError):
+            answers.append(sessions.output(vm.directory, request)[1].strip())
+
+    asking = threading.Thread(target=ask, name="count VMs", daemon=True)  # a guest that hangs keeps it until its end
+    asking.start()
+    asking.join(host.patience(COUNT_LIMIT))
+    if not answers or not answers[0].isdigit():
+        raise AgentError(
+            f"The VM {vm.spec.name!r} does not tell whether VMs run in it; with one there would be no snapshot that restores.",
+            hint=f"fcvm logs --console {vm.spec.name}",
+        )
+    return int(answers[0])
 
 
 def _shared(vm: Supervisor, name: str) -> str:
