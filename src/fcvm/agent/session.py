@@ -13,13 +13,13 @@ import signal
 import time
 from _thread import get_ident  # threading is slow to import
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from fc_agent import channel as wire
 from fc_agent.channel import Channel, ChannelError
 from fcvm.agent.vsock import Resets
 from fcvm.errors import AgentError
+from fcvm.signals import handled
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -407,30 +407,11 @@ def stream(
         if terminal is not None:
             if isinstance(request, Resume):
                 client.resize(*tty.size(terminal))
-            stack.enter_context(_handling(signal.SIGWINCH, lambda: client.resize(*tty.size(terminal))))
-        for number in signals:
-            stack.enter_context(_handling(number, lambda number=number: client.signal(number)))  # type: ignore[misc]
+            stack.enter_context(handled((signal.SIGWINCH,), lambda *_: client.resize(*tty.size(terminal))))
+        stack.enter_context(handled(signals, lambda number, _: client.signal(number)))
         if terminal is not None:
             stack.enter_context(tty.raw(terminal))
         return client.run()
-
-
-@contextlib.contextmanager
-def _handling(number: int, action: Callable[[], None]) -> Iterator[None]:
-    """Call ``action`` for a signal while the block runs; outside the main thread nothing is handled."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        action()
-
-    try:
-        before = signal.signal(number, handle)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def to_descriptors(stdout: int, stderr: int) -> Output:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator, Sequence
 
 from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, ContainerError
+from fcvm.signals import STOPPING, handled
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Wanted(Struct):
@@ -147,9 +145,5 @@ def _stopping(clones: list[Clone]) -> Iterator[list[str]]:
         for clone in clones:
             clone.ask(asked[-1])
 
-    before = {number: signal.signal(number, handle) for number in STOPPING}
-    try:
+    with handled(STOPPING, handle):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

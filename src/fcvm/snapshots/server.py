@@ -27,6 +27,7 @@ from fcvm.network import attach
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
 from fcvm.setup import Assets
+from fcvm.signals import STOPPING, handled
 from fcvm.snapshots import manifest, page_faults, restore, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.pool import Kit, Pool
@@ -361,9 +362,5 @@ def serve(
         else:
             server.stop()
 
-    before = {n: signal.signal(n, interrupted) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(STOPPING, interrupted):
         server.run(ready=ready)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

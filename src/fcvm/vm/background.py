@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from fcvm.errors import FcvmError, of_system
 from fcvm.linux import leash
+from fcvm.signals import STOPPING, handled
 from fcvm.vm import rpc
 
 TYPE_CHECKING = False
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 Work = Callable[[Callable[[], None]], int]
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def detached(what: str, work: Work, *, hint: str) -> int:
@@ -74,14 +73,11 @@ def _passing_on(child: int) -> Iterator[list[int]]:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, number)
 
-    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup(1)
-    before = {number: signal.signal(number, handle) for number in heard}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
-        yield signals
+        with handled(STOPPING, handle):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            yield signals
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(pidfd)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from fc_agent.structs import replace
 from fcvm import host, setup
 from fcvm.config import Config
 from fcvm.network import attach
+from fcvm.signals import STOPPING, handled
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, state, warm
-from fcvm.vm.background import STOPPING
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -123,12 +122,8 @@ class Signals:
 def stopping(supervisor: Supervisor) -> Iterator[Signals]:
     """Have signals stop and kill the VM inside the block."""
     signals = Signals(supervisor)
-    before = {number: signal.signal(number, signals.handle) for number in STOPPING}
-    try:
+    with handled(STOPPING, signals.handle):
         yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def detached(spec: RunSpec, config: Config) -> int:
