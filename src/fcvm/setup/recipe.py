@@ -23,7 +23,6 @@ PACKAGES = (
     "libnftables1",
     "netavark",
     "nftables",
-    "openssh-server",
     "podman",
     "procps",
     "python3",
@@ -146,7 +145,7 @@ chroot "$root" dpkg-query -W -f '${{Package}} ${{Version}}\\n' >packages
 cd "$root"
 mkdir -p {directories}
 {files}
-rm -rf etc/ssh/ssh_host_* var/cache/debconf/*-old var/cache/ldconfig var/log/*.log var/log/apt etc/apt/apt.conf.d/99mmdebstrap
+rm -rf var/cache/debconf/*-old var/cache/ldconfig var/log/*.log var/log/apt etc/apt/apt.conf.d/99mmdebstrap
 """
 
 # What the host fetches from $1/tmp/fcvm afterwards.
