@@ -7,10 +7,15 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 from test_snapshots_store import fill, make
 
+from fcvm import config
+from fcvm.cli import snapshots
+from fcvm.cli.context import Context
+from fcvm.cli.main import build
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError
 from fcvm.process import run
 from fcvm.snapshots import archive, store
@@ -58,34 +63,71 @@ def test_nobody_else_can_read_what_a_guest_had_in_memory(layout: Layout, tmp_pat
         )
 
 
-def test_export_to_stdout(layout: Layout, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from fcvm.snapshots import archive; from fcvm.storage.layout import Layout\n"
-        "archive.export(Layout(Path(sys.argv[1])), 'warm', None)"
+def fcvm(*words: str, base: Path, stdin: int | IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> str:
+    """Run ``fcvm WORDS``, which must succeed; returns its stdout, unless that is given, and both of its messages."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FCVM_MACHINE": "never", "FCVM_BASE_DIR": str(base)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fcvm", *words],
+        stdin=stdin,
+        stdout=stdout or subprocess.PIPE,
+        stderr=subprocess.STDOUT if stdout is None else None,
+        env=env,
+        timeout=120,
+        check=False,
     )
+    text = (done.stdout or b"").decode()
+    assert done.returncode == 0, text
+    return text
+
+
+def test_stdout_and_stdin(layout: Layout, tmp_path: Path) -> None:
     file = tmp_path / "out"
     with open(file, "wb") as out:
-        subprocess.run(
-            [sys.executable, "-c", program, layout.base],
-            stdout=out,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            check=True,
-        )
-    archive.import_archive(layout, file, "again")
+        fcvm("snapshots", "export", "warm", "-", base=layout.base, stdout=out)
+    with subprocess.Popen(["cat", file], stdout=subprocess.PIPE) as cat:
+        assert fcvm("snapshots", "import", "-", "again", base=layout.base, stdin=cat.stdout) == "again\n"
     assert store.tags(layout) == ["again", "warm"]
 
 
-def test_a_device_or_pipe_is_written_to_and_not_replaced(layout: Layout, tmp_path: Path) -> None:
-    """As root `fcvm snapshots export TAG /dev/null` would put a file there."""
+def test_pipes(layout: Layout, tmp_path: Path) -> None:
+    """As root `fcvm snapshots export TAG /dev/null` would put a file there, if a file were made in the pipe's place."""
     pipe, file = tmp_path / "pipe", tmp_path / "out"
     os.mkfifo(pipe)
-    with subprocess.Popen(["cp", pipe, file]):
-        archive.export(layout, "warm", pipe)
+    with subprocess.Popen(["timeout", "60", "cp", pipe, file]) as copy:
+        fcvm("snapshots", "export", "warm", str(pipe), base=layout.base)
+    assert copy.returncode == 0
+    with subprocess.Popen(["timeout", "60", "cp", file, pipe]) as copy:
+        assert fcvm("snapshots", "import", str(pipe), "again", base=layout.base) == "again\n"
+    assert copy.returncode == 0
     assert pipe.is_fifo()
-    archive.import_archive(layout, file, "again")
     assert store.tags(layout) == ["again", "warm"]
     with pytest.raises(SnapshotError, match="cannot be written: Is a directory"):
         archive.export(layout, "warm", tmp_path)
+    with pytest.raises(NotFoundError, match="cannot be read: Is a directory"):
+        archive.import_archive(layout, tmp_path, "x")
+
+
+@pytest.mark.parametrize("action", [["export", "warm"], ["import"]])
+def test_in_the_machine_a_pipe_is_the_users_all_the_same(layout: Layout, tmp_path: Path, action: list[str]) -> None:
+    """There it would lead nowhere: it joins processes of one kernel. So it is opened where the user is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    keep = os.open(pipe, os.O_RDWR)  # so that nobody waits for the other end
+    args = build("snapshots").parse_args(
+        ["snapshots", *action, str(pipe), *(["again"] if action == ["import"] else [])]
+    )
+    stream = 0 if action == ["import"] else 1
+    before = os.dup(stream)
+    try:
+        snapshots.prepare(args, Context(config.load({"base_dir": str(layout.base)})))
+        assert os.path.samestat(os.fstat(stream), os.stat(pipe))
+    finally:
+        os.dup2(before, stream)
+        os.close(before)
+        os.close(keep)
+    given = vars(args)
+    assert given["file"] == "-"
+    assert bool(given.get("interactive")) == (action == ["import"]), "that is what the machine is given our stdin for"
 
 
 def test_what_is_no_archive_is_told(layout: Layout, tmp_path: Path) -> None:

@@ -30,21 +30,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     export.add_argument("tag", metavar="TAG").completer = tag_names  # type: ignore[attr-defined]
     export.add_argument("file", metavar="FILE", help="- for stdout")
     importing = actions.add_parser("import", help="make a snapshot from an exported one")
-    importing.add_argument("file", metavar="FILE")
+    importing.add_argument("file", metavar="FILE", help="- for stdin")
     importing.add_argument("tag", metavar="TAG", help="its name here")
 
 
 def prepare(args: argparse.Namespace, context: Context) -> None:
-    if args.action in ("export", "import"):
-        check_tag(args.tag)
-        if args.file != "-":
-            args.file = os.path.abspath(args.file)
-        elif args.action == "import":
-            raise UsageError(
-                "A snapshot is imported from a file, not from stdin.", hint="fcvm snapshots import FILE TAG"
-            )
-        elif sys.stdout.isatty():
-            raise UsageError("An archive is not written to a terminal.", hint="fcvm snapshots export TAG FILE")
+    if args.action not in ("export", "import"):
+        return
+    check_tag(args.tag)
+    fd, words = (1, "written to") if args.action == "export" else (0, "read from")
+    if args.file != "-":
+        args.file = _as_stream(os.path.abspath(args.file), fd)
+    if args.file == "-":
+        if os.isatty(fd):
+            raise UsageError(f"An archive is not {words} a terminal.", hint=f"fcvm snapshots {args.action} --help")
+        args.interactive = args.action == "import"  # the machine is given our stdin
+
+
+def _as_stream(path: str, fd: int) -> str:
+    """Make a pipe or device our stdin or stdout, and return ``-``: in the machine it would be another one. Else ``path``."""
+    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
+        return path
+    opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
+    os.dup2(opened, fd)
+    os.close(opened)
+    return "-"
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
@@ -61,14 +71,14 @@ def run(args: argparse.Namespace, context: Context) -> int:
         for tag, size in removed:
             print(f"{tag}  {megabytes(size)}")
         print(f"{megabytes(sum(size for _, size in removed))} freed.", file=sys.stderr)
-    elif args.action == "export":
+    elif args.action in ("export", "import"):
         from fcvm.snapshots import archive
 
-        archive.export(layout, args.tag, None if args.file == "-" else hostpath.resolve(args.file))
-    elif args.action == "import":
-        from fcvm.snapshots import archive
-
-        print(archive.import_archive(layout, hostpath.resolve(args.file), args.tag).tag)
+        path = None if args.file == "-" else hostpath.resolve(args.file)
+        if args.action == "export":
+            archive.export(layout, args.tag, path)
+        else:
+            print(archive.import_archive(layout, path, args.tag).tag)
     else:
         _list(args, context)
     return 0

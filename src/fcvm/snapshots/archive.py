@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -41,10 +41,6 @@ def export(layout: Layout, tag: str, path: Path | None) -> None:
         if path is None:
             _write(tar, sys.stdout.buffer)
             return
-        if path.exists() and not path.is_file():  # a device or a pipe: not to be replaced by a file
-            with _writing(path), open(path, "wb", buffering=0) as file:
-                _write(tar, file)
-            return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with _writing(path), open(temporary, "xb", opener=_private) as file:
@@ -54,24 +50,23 @@ def export(layout: Layout, tag: str, path: Path | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def import_archive(layout: Layout, path: Path, tag: str) -> Snapshot:
-    """Make the snapshot ``tag`` from an archive that ``export`` wrote, on whatever host.
+def import_archive(layout: Layout, path: Path | None, tag: str) -> Snapshot:
+    """Make the snapshot ``tag`` from an archive that ``export`` wrote, on whatever host; None: from stdin.
 
     Raises:
-        NotFoundError: there is no such file. SnapshotError: it is no such archive. ConflictError: the tag is taken.
+        NotFoundError: the file cannot be read. SnapshotError: it is no such archive. ConflictError: the tag is taken.
         HostError: zstd is not installed, or there is no space left.
     """
-    if not path.is_file():
-        raise NotFoundError(f"There is no file {path}.", hint=f"ls -l {path.parent}")
-    with store.creating(layout, tag) as directory:
-        zstd = spawn(["zstd", "--decompress", "--stdout", path.absolute()], stdout=subprocess.PIPE)
+    name = str(path or "stdin")
+    with _reading(path) as file, store.creating(layout, tag) as directory:
+        zstd = spawn(["zstd", "--decompress", "--stdout"], stdin=file, stdout=subprocess.PIPE)
         try:
             assert zstd.stdout is not None
-            _unpack(zstd.stdout, path, directory)
+            _unpack(zstd.stdout, name, directory)
             while zstd.stdout.read(BLOCK):  # padding
                 pass
             if zstd.wait() != 0:
-                raise _not_ours(path, "it is damaged")
+                raise _not_ours(name, "it is damaged")
         finally:
             zstd.kill()
             zstd.communicate()
@@ -81,6 +76,15 @@ def import_archive(layout: Layout, path: Path, tag: str) -> Snapshot:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _reading(path: Path | None) -> AbstractContextManager[IO[bytes]]:
+    if path is None:
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise NotFoundError(f"{path} cannot be read: {error.strerror}.", hint=f"ls -ld {path}") from error
 
 
 @contextmanager
@@ -98,12 +102,12 @@ def _write(tar: list[str], file: IO[bytes]) -> None:
         raise SnapshotError(f"The snapshot cannot be exported: {error.message}", hint="df -h") from error
 
 
-def _unpack(stream: IO[bytes], path: Path, directory: Path) -> None:
+def _unpack(stream: IO[bytes], name: str, directory: Path) -> None:
     try:
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as archive:
             for member in archive:
                 if member.name not in KNOWN or not member.isreg():
-                    raise _not_ours(path, f"it holds {member.name!r}")
+                    raise _not_ours(name, f"it holds {member.name!r}")
                 content = archive.extractfile(member)
                 assert content is not None
                 try:
@@ -111,7 +115,7 @@ def _unpack(stream: IO[bytes], path: Path, directory: Path) -> None:
                 except OSError as error:
                     raise store.write_error(error, directory) from error
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
-        raise _not_ours(path, f"it is damaged, or something else ({error})") from error
+        raise _not_ours(name, f"it is damaged, or something else ({error})") from error
 
 
 def _copy(content: IO[bytes], path: Path, size: int) -> None:
@@ -125,5 +129,5 @@ def _copy(content: IO[bytes], path: Path, size: int) -> None:
         file.truncate(size)
 
 
-def _not_ours(path: Path, why: str) -> SnapshotError:
-    return SnapshotError(f"{path} is not an exported snapshot: {why}.", hint="fcvm snapshots export TAG FILE makes one")
+def _not_ours(name: str, why: str) -> SnapshotError:
+    return SnapshotError(f"{name} is not an exported snapshot: {why}.", hint="fcvm snapshots export TAG FILE makes one")
