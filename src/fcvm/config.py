@@ -37,9 +37,11 @@ def size(text: str) -> int:
     """
     units = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower(), re.ASCII)
-    mib = int(float(found[1]) * units[found[2]]) if found else 0
-    if mib < 1:
+    if not found:
         raise ValueError(f"{text!r} is not a size like 512m or 2g")
+    mib = int(float(found[1]) * units[found[2]])
+    if mib < 1:
+        raise ValueError(f"{text!r} is less than 1m")
     return mib
 
 

@@ -17,7 +17,13 @@ def test_sizes(text: str, mib: int) -> None:
     assert config.size(text) == mib
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1k", "lots", "abcg", "infg", "nang", "1e400g", "2gg", "ib", "g", "1_0", "٣g", "9" * 400])
+@pytest.mark.parametrize("text", ["0", "1k", "0.9m", "1023kib"])
+def test_what_is_too_small_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is less than 1m"):
+        config.size(text)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "lots", "abcg", "infg", "nang", "1e400g", "2gg", "ib", "g", "1_0", "٣g", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size like 512m or 2g"):
         config.size(text)
