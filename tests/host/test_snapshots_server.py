@@ -255,9 +255,11 @@ def test_fleet_of_one_is_a_fleet(layout: Layout) -> None:
 def test_fleet_with_a_name_that_is_taken_is_none(layout: Layout) -> None:
     with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "web-2") as process:
         line_of(process)
-        done = fcvm(layout, "snapshot", "run", "--pid", server.pid, "--name", "web", "--count", 3, check=125)
-        assert "A VM named 'web-2' exists already" in done.stderr
-        wait_until(layout, ["web-2"])
+        for detach in ([], ["--detach"]):
+            fleet = ["--name", "web", "--count", 3, *detach]
+            done = fcvm(layout, "snapshot", "run", "--pid", server.pid, *fleet, check=125)
+            assert "A VM named 'web-2' exists already" in done.stderr
+            assert names(layout) == ["web-2"], "the others have gone when the command has"
 
 
 def test_detached_clone_lives_as_long_as_the_server(layout: Layout) -> None:

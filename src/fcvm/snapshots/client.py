@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from fc_agent.structs import Struct
-from fcvm.errors import ConflictError, ContainerError
+from fcvm.errors import ConflictError, ContainerError, FcvmError
 from fcvm.signals import STOPPING, handled
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
@@ -70,8 +70,15 @@ class Clone:
         return servers.checked(answer)
 
     def ask(self, op: str) -> None:
-        """``stop`` or ``kill`` it."""
+        """``stop`` or ``kill`` it; or ``detach`` it, which lets it live on after ``close``."""
         servers.send(self.connection, {"op": op})
+
+    def end(self) -> None:
+        """Kill it, and see it gone: its name and its ports are free."""
+        self.ask("kill")
+        with contextlib.suppress(FcvmError):
+            while "exit" not in self._next():
+                pass
 
     def close(self) -> None:
         """Give it up: it is killed, unless it is detached."""
@@ -90,13 +97,22 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
     with contextlib.ExitStack() as stack:
         clones: list[Clone] = []
         asked = stack.enter_context(_stopping(clones))
-        for want in wanted:  # all are asked for before the first is waited for
-            clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if attached else ())
-            stack.callback(clone.close)
-            clones.append(clone)
-            if asked:  # by a signal that has not met it, or not for sure
-                clone.ask(asked[-1])
-        started = [clone.started() for clone in clones]
+        try:
+            for want in wanted:  # all are asked for before the first is waited for
+                clone = Clone(layout, pid, want, detach=detach, fds=(1, 2) if attached else ())
+                stack.callback(clone.close)
+                clones.append(clone)
+                if asked:  # by a signal that has not met it, or not for sure
+                    clone.ask(asked[-1])
+            started = [clone.started() for clone in clones]
+        except FcvmError:
+            for clone in clones:  # all are told before the first is waited for
+                clone.ask("kill")
+            for clone in clones:
+                clone.end()
+            raise
+        for clone in clones if detach else ():
+            clone.ask("detach")
         if not attached:
             for names in started:
                 print(names["name"], flush=True)
@@ -126,10 +142,8 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
             raise ConflictError(
                 "The clone has ended.", hint=f"fcvm snapshot run --pid {pid} shows its output"
             ) from None
-        if wanted.name is not None:  # whoever names a clone may use the name again: see it gone
-            clone.ask("kill")
-            with contextlib.suppress(ConflictError):
-                clone.exit()
+        if wanted.name is not None:  # whoever names a clone may use the name again
+            clone.end()
     if end.message:
         raise ContainerError(end.message, exit_code=end.code)
     return end.code

@@ -105,9 +105,9 @@ class Client:
         self.fds = fds
         self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
         self.pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        self.detached = bool(request.get("detach"))
+        self.detached = False  # not before the client, who may want all of a fleet or none, lets go of it
         self.supervisor: ClientSupervisor | None = None
-        if self.detached:
+        if request.get("detach"):
             self.pid = os.getpid()
 
     def started(self) -> None:
@@ -115,13 +115,13 @@ class Client:
         assert self.supervisor is not None
         names = {"id": self.supervisor.id, "name": self.supervisor.spec.name}
         servers.send(self.connection, {"started": names})
-        if self.detached:
-            self.hang_up()
 
     def listen(self) -> None:
         """Carry out what the client says, and its end."""
         for message in servers.lines(self.connection):
-            if self.supervisor is not None and message.get("op") in ("stop", "kill"):
+            if message.get("op") == "detach":
+                self.detached = True
+            elif self.supervisor is not None and message.get("op") in ("stop", "kill"):
                 self.supervisor.ask(message)
         if self.supervisor is not None and not self.detached:
             self.supervisor.ask({"op": "kill"})
@@ -130,10 +130,6 @@ class Client:
         """Neither hear the client any more nor wait until it takes output; it can still be told how its clone has ended."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.connection.close()

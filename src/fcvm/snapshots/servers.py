@@ -7,8 +7,9 @@ speaks of.
     {"op": "status"}              -> {"clones": [...], "ready": N, ...}
     {"op": "run", "name": ..., }  -> {"started": {"id": ..., "name": ...}}, later {"exit": CODE}
                                      or at any time {"error": ..., "hint": ..., "exit_code": ...}
-        with stdout and stderr; the clone lives as long as the connection, unless "detach" is true.
+        with stdout and stderr; the clone lives as long as the connection.
         then, from the client:      {"op": "stop", "timeout": SECONDS or null}, {"op": "kill"}
+                                    {"op": "detach"}: it lives as long as the server (asked for with "detach": true)
     {"op": "stop"}                -> {"stopping": true}; it ends with its clones, and lets go of its directory then
 
 This module is on the path of `fcvm snapshot run`, which counts milliseconds: it imports little.
