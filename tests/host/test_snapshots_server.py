@@ -195,6 +195,13 @@ def test_exec_in_a_fresh_clone(layout: Layout) -> None:
         wait_until(layout, [])
 
 
+def test_exec_with_a_port_in_a_loop(layout: Layout) -> None:
+    with serving(layout, network="rootless") as server:
+        for _ in range(3):
+            fcvm(layout, "snapshot", "run", "--pid", server.pid, "-p", "127.0.0.1:28081:80", "--exec", "true")
+            assert names(layout) == [], "so the port is free"
+
+
 def test_output_and_name_of_a_clone(layout: Layout) -> None:
     with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
         assert line_of(process) == "hello from the container"

@@ -142,7 +142,7 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
             raise ConflictError(
                 "The clone has ended.", hint=f"fcvm snapshot run --pid {pid} shows its output"
             ) from None
-        if wanted.name is not None:  # whoever names a clone may use the name again
+        if wanted.name is not None or wanted.publish:  # the next one may have the same name, or port
             clone.end()
     if end.message:
         raise ContainerError(end.message, exit_code=end.code)
