@@ -361,19 +361,36 @@ def test_working_set_is_learned_from_a_first_clone_that_ends_at_once(layout: Lay
     recorded.unlink()
 
 
+@contextlib.contextmanager
+def altered(layout: Layout, network: str = "none", **spec: object) -> Iterator[str]:
+    """The tag of a snapshot like ``warm``, of a VM with another network and spec."""
+    warm, copy = layout.snapshots / "warm", layout.snapshots / "altered"
+    shutil.copytree(warm, copy)
+    values = json.loads((warm / "config.json").read_text())
+    values["spec"] |= spec
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps({**values, "network": network}))
+    yield copy.name
+    store.remove(layout, copy.name)
+
+
 @pytest.fixture
 def connected(layout: Layout) -> Iterator[str]:
     """The tag of a snapshot of a VM that had a network, its own resolver, and a port of the host's loopback."""
-    warm = layout.snapshots / "warm"
-    copy = layout.snapshots / "connected"
-    shutil.copytree(warm, copy)
-    values = json.loads((warm / "config.json").read_text())
-    values["spec"] |= {"forward_localhost": ["5432"], "dns": ["192.0.2.53"]}
-    values["network"] = "rootless"
-    (copy / "config.json").unlink()
-    (copy / "config.json").write_text(json.dumps(values))
-    yield "connected"
-    store.remove(layout, "connected")
+    with altered(layout, network="rootless", forward_localhost=["5432"], dns=["192.0.2.53"]) as tag:
+        yield tag
+
+
+def test_prefixes_of_lines_but_not_of_a_terminals(layout: Layout) -> None:
+    for tty, expected in ((False, "[ctr:out] hello from the container"), (True, "hello from the container")):
+        with (
+            altered(layout, tty=tty) as tag,
+            serving(layout, tag=tag) as server,
+            client(layout, "--pid", server.pid, "--log-prefix") as process,
+        ):
+            assert line_of(process) == expected
+            process.kill()
+            wait_until(layout, [])
 
 
 def network_of(layout: Layout, pid: int, *words: object) -> tuple[str, list[str], list[str]]:

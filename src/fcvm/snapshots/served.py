@@ -62,11 +62,11 @@ class Pooled(Start):
 class ClientOutput(Output):
     """Also writes to a client's stdout and stderr, as long as the client lives."""
 
-    def __init__(self, kept: Output, client: Client, *, prefix: bool) -> None:
+    def __init__(self, kept: Output, client: Client) -> None:
         self.__dict__.update(kept.__dict__)
         self.descriptors = client.descriptors
         self.connection = client.connection
-        self.prefix = prefix
+        self.one_place = len(client.fds) == 2 and os.path.samestat(*map(os.fstat, client.fds))
 
     def write(self, stream: str, data: bytes) -> None:
         super().write(stream, data)
@@ -93,7 +93,7 @@ class ClientSupervisor(Supervisor):
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         super()._acquire(stack)
         self.entry.update(pid=self.client.pid)
-        self.output = ClientOutput(self.output, self.client, prefix=bool(self.spec.log_prefix))
+        self.output = ClientOutput(self.output, self.client)
 
 
 class Client:
