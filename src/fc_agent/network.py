@@ -13,7 +13,7 @@ from fc_agent.protocol import NetworkPlan
 INTERFACE = "eth0"
 
 # <linux/rtnetlink.h>, <linux/netlink.h>
-RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_DELNEIGH, RTM_GETNEIGH = 16, 20, 24, 29, 30
+RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_DELROUTE, RTM_DELNEIGH, RTM_GETNEIGH = 16, 20, 24, 25, 29, 30
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE, NLM_F_DUMP = 1, 4, 0x100, 0x400, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFLA_MTU, IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS, RTA_OIF, RTA_GATEWAY, NDA_DST = 4, 1, 2, 8, 4, 5, 1
@@ -102,12 +102,14 @@ def _add_address(netlink: Netlink, index: int, address: str, gateway: str | None
     body = struct.pack("BBBBI", family, interface.network.prefixlen, IFA_F_NODAD, RT_SCOPE_UNIVERSE, index)
     body += attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)
     netlink.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
+    default = struct.pack("BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
+    default += attribute(RTA_OIF, struct.pack("I", index))
     if gateway is not None:
-        body = struct.pack("BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
-        body += attribute(RTA_GATEWAY, ipaddress.ip_address(gateway).packed) + attribute(
-            RTA_OIF, struct.pack("I", index)
-        )
-        netlink.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+        default += attribute(RTA_GATEWAY, ipaddress.ip_address(gateway).packed)
+        netlink.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, default)
+    else:  # the VM that a snapshot is of may have had one
+        with contextlib.suppress(ProcessLookupError):
+            netlink.request(RTM_DELROUTE, 0, default)
 
 
 def forget_neighbours() -> None:

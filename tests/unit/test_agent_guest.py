@@ -7,18 +7,21 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fc_agent import agent, container, exec, health, linux
+from fc_agent import agent, container, exec, health, linux, network
 from fc_agent.attach import Attached
 from fc_agent.channel import STDERR, STDOUT
 from fc_agent.control import Control
 from fc_agent.failures import explain
-from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, VolumePlan
+from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, VolumePlan
 from fc_agent.session import LaunchError, Request, Server
+from fc_agent.structs import replace
+from fcvm.linux import namespaces, rtnetlink, tap
 
 
 @pytest.fixture
@@ -369,3 +372,23 @@ def test_an_identity_that_comes_twice_is_taken_once(monkeypatch: pytest.MonkeyPa
         guest._on_restored(Identity("name", machine_id, "AAAA", 0, None, True))
     assert taken == ["a" * 32, "b" * 32]
     guest._listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_clone_keeps_no_way_out_that_its_network_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host has no IPv6, programs are to be told at once, not after a connection's timeout."""
+    monkeypatch.setattr(network, "present", lambda: True)
+    source = NetworkPlan("10.0.2.100/24", "10.0.2.2", address6="fd66:6376:6d00::100/64", gateway6="fd66:6376:6d00::2")
+
+    def ways_out() -> list[bool]:
+        namespaces.unshare(namespaces.CLONE_NEWNET)
+        tap.create(network.INTERFACE)
+        found = []
+        with rtnetlink.open_socket() as route:
+            for plan in (source, replace(source, gateway6=None), replace(source, gateway6=None), source):
+                network.configure(plan)
+                found += [rtnetlink.match(route, ip_address(ip)) is not None for ip in ("192.0.2.1", "2001:db8::1")]
+                assert rtnetlink.match(route, ip_address("fd66:6376:6d00::2")), "its neighbours stay"
+        return found
+
+    assert namespaces.in_thread(ways_out) == [True, True, True, False, True, False, True, True]
