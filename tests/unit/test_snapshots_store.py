@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from fc_agent import structs
+from fc_agent.protocol import PROTOCOL
 from fcvm import config as settings
 from fcvm.errors import ConflictError, HostError, NotFoundError, SnapshotError, UsageError
 from fcvm.firecracker.boot import Hardware
@@ -301,6 +302,13 @@ def test_optional_file_is_added_in_one_step(layout: Layout) -> None:
 
 
 # ---- compatibility
+
+
+def test_guest_agent_of_another_protocol_is_refused() -> None:
+    """Before its VM is loaded, and not by the hello of an agent that nobody can answer."""
+    other = a_manifest(protocol=PROTOCOL + 1)
+    with pytest.raises(SnapshotError, match=f"agent of 'warm' speaks version {PROTOCOL + 1} .* this fcvm version {PROTOCOL}"):
+        manifest.check("warm", other, firecracker="1.12.1", host=other.host)
 
 
 def check(made_on: manifest.Host, restored_on: manifest.Host, firecracker: str = "1.12.1") -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fc_agent.protocol import PROTOCOL
 from fc_agent.structs import Struct, asdict, field, fields
 from fcvm.errors import SnapshotError
 from fcvm.firecracker.boot import Hardware
@@ -67,7 +68,7 @@ class Manifest(Struct):
     image: Mapping[str, str] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
     network: str = "none"
-    protocol: int = 1
+    protocol: int = PROTOCOL
     kind: str = "user"
     parent: str | None = None
     schema: int = SCHEMA
@@ -135,7 +136,7 @@ def this_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:
 
 
 def check(tag: str, manifest: Manifest, *, firecracker: str, host: Host) -> None:
-    """Whether a snapshot restores on ``host`` with this version of Firecracker.
+    """Whether a snapshot restores on ``host`` with this version of Firecracker, and its agent and we understand each other.
 
     Its vCPUs' state is only valid on a CPU of the same vendor that has every feature the guest may be using, on a
     kernel whose KVM is not older, and in the Firecracker series (major and minor version) whose format it has.
@@ -144,6 +145,11 @@ def check(tag: str, manifest: Manifest, *, firecracker: str, host: Host) -> None
         SnapshotError: it does not, and why.
     """
     again = f"fcvm snapshots rm {tag}, then make it again on this host"
+    if manifest.protocol != PROTOCOL:
+        raise SnapshotError(
+            f"The guest agent of {tag!r} speaks version {manifest.protocol} of the protocol, this fcvm version {PROTOCOL}.",
+            hint=again,
+        )
     if _series(manifest.firecracker) != _series(firecracker):
         raise SnapshotError(
             f"The snapshot {tag!r} was made by Firecracker {manifest.firecracker}, and here is {firecracker}.",

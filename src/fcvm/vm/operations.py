@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fc_agent.protocol import PROTOCOL
 from fc_agent.structs import asdict
 from fcvm import host
 from fcvm.agent import session
@@ -67,7 +66,6 @@ def take(
         image={"reference": vm.spec.image.reference, "id": vm.spec.image.id, "digest": vm.spec.image.digest},
         spec=vm.spec.to_json(),
         network=vm.network.spec.mode,
-        protocol=PROTOCOL,
         kind=kind,
         parent=vm.entry.record.snapshot,
     )
