@@ -1,11 +1,16 @@
 """The client of a clone server, with this test as the server."""
 
+import contextlib
 import os
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fcvm.errors import UsageError
+from fcvm.linux import descriptors
 from fcvm.snapshots import client
 from fcvm.snapshots.client import Wanted
 from fcvm.storage.layout import Layout
@@ -40,3 +45,45 @@ def test_a_signal_reaches_clones_that_are_asked_for_later(tmp_path: Path, monkey
     monkeypatch.setattr(client, "Clone", Clone)
     assert client.run(Layout(tmp_path), 1, [Wanted(None, [])] * 4, attached=True) == 143
     assert [clone.asked for clone in Clone.made] == [["stop"]] * 4
+
+
+class Connected(Clone):
+    """A clone that takes a descriptor, as a connection does."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.made.append(self)
+        self.fd = os.open(os.devnull, os.O_RDONLY)
+
+    def exit(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@contextlib.contextmanager
+def few_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_fleet_larger_than_the_usual_limit_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clone, "made", [], raising=False)
+    monkeypatch.setattr(client, "Clone", Connected)
+    with few_descriptors():
+        assert client.run(Layout(tmp_path), 1, [Wanted(None, [])] * 300, attached=True) == 0
+    assert len(Clone.made) == 300
+
+
+def test_a_fleet_larger_than_the_hard_limit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clone, "made", [], raising=False)
+    monkeypatch.setattr(client, "Clone", Connected)
+    monkeypatch.setattr(descriptors, "allow_all", lambda: 256)
+    with pytest.raises(UsageError, match="hard limit here is 256") as caught:
+        client.run(Layout(tmp_path), 1, [Wanted(None, [])] * 300, attached=True)
+    assert "--count 156" in str(caught.value.hint)
+    assert Clone.made == []

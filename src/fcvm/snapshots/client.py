@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from fc_agent.structs import Struct
-from fcvm.errors import ConflictError, ContainerError, FcvmError
+from fcvm.errors import ConflictError, ContainerError, FcvmError, UsageError
 from fcvm.signals import STOPPING, handled
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
@@ -19,6 +19,8 @@ from fcvm.storage.layout import Layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+FEW = 100  # clones for which any limit of descriptors will do
 
 
 class Wanted(Struct):
@@ -94,6 +96,8 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
     Raises:
         NotFoundError: there is no such server. FcvmError: a clone cannot be made; then none of them is left.
     """
+    if len(wanted) > FEW:
+        _allow_connections(len(wanted))
     with contextlib.ExitStack() as stack:
         clones: list[Clone] = []
         asked = stack.enter_context(_stopping(clones))
@@ -120,6 +124,18 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
             return 0
         codes = [clone.exit() for clone in clones]
     return next((code for code in codes if code), 0)
+
+
+def _allow_connections(count: int) -> None:
+    """Each clone has a connection; raises UsageError if we may not have so many."""
+    from fcvm.linux import descriptors
+
+    most = descriptors.allow_all() - FEW
+    if count > most:
+        raise UsageError(
+            f"A fleet of {count} clones needs as many open files, and the hard limit here is {most + FEW}.",
+            hint=f"--count {most}, or a higher limit: ulimit -n, LimitNOFILE= of systemd",
+        )
 
 
 def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -22,7 +21,7 @@ from fc_agent.structs import Struct
 from fcvm import host, log
 from fcvm.config import Config
 from fcvm.errors import FcvmError
-from fcvm.linux import sockets
+from fcvm.linux import descriptors, sockets
 from fcvm.network import attach
 from fcvm.network import spec as network_spec
 from fcvm.network.attach import Network
@@ -108,7 +107,7 @@ class CloneServer:
         settings = self.settings
         with contextlib.ExitStack() as stack:
             stack.callback(self._deafen)
-            _allow_many_descriptors()
+            descriptors.allow_all()  # a clone takes about twenty
             state.sweep(self.layout)
             self.snapshot = stack.enter_context(store.use(self.layout, settings.tag))
             version = self.assets.firecracker_version
@@ -309,12 +308,6 @@ class CloneServer:
             "late": now.late,
             "faults": self.memory.served() if self.memory else None,
         }
-
-
-def _allow_many_descriptors() -> None:
-    """A clone takes about twenty descriptors, and the usual soft limit is 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _network(spec: RunSpec) -> NetworkFactory:
