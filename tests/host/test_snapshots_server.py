@@ -292,6 +292,27 @@ def test_killed_server_ends_everything_with_a_message(layout: Layout) -> None:
             os.close(pidfd)
 
 
+def test_killed_firecracker_ends_its_clone_alone(layout: Layout) -> None:
+    with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
+        line_of(process)
+        wait_ready(layout, 1)
+        (record,) = state.records(layout)
+        processes = [pid for pid in baremetal.children(server.pid) if record.id.encode() in cmdline(pid)]
+        assert len(processes) == 1, "another one is in the pool"
+        os.kill(processes[0], signal.SIGKILL)
+        assert process.wait(60) == 125
+        assert process.stderr is not None
+        assert "Firecracker" in process.stderr.read()
+        wait_until(layout, [])
+        assert fcvm(layout, "snapshot", "run", "--pid", server.pid, "--exec", "true").stdout == "ready\n"
+        (listed,) = servers.running(layout)
+        assert (listed["taken"], listed["late"]) == (2, 0), "the pool has what it had"
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_interrupt_asks_twice_when_clones_live(layout: Layout) -> None:
     with serving(layout) as server, client(layout, "--pid", server.pid, "--name", "one") as process:
         line_of(process)
