@@ -60,12 +60,12 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="file",
         choices=("file", "uffd"),
-        help="where memory comes from. file (default): mapped from the snapshot, shared by all clones in the page cache; best with warm caches and for many clones. uffd: served page by page; best from cold storage, with --prefetch",
+        help="where memory comes from. file (default): mapped from the snapshot, shared by all clones in the page cache; best with warm caches and for many clones. uffd: served page by page; best from cold or remote storage (a network file system), with --prefetch. Guests on huge pages, and memory sent by another host, would need uffd, and fcvm has neither: all pages are of 4 KiB",
     )
     add(
         "--prefetch",
         action="store_true",
-        help="record which pages a clone needs first, and have them ready for the next ones",
+        help="have the pages that a clone needs first there before it asks. uffd: those that the first clone used are brought into the others, and kept for later servers. file: the kernel reads ahead what an uffd server has kept, or all memory",
     )
     add(
         "--network",

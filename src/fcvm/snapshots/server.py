@@ -54,7 +54,7 @@ class Settings(Struct):
 
     Attributes:
         minimum, maximum: of clones that are kept ready.
-        prefetch: record which pages a clone needs first, and have them ready for the next ones.
+        prefetch: have the pages that a clone needs first there before it asks; what they are is recorded with uffd only.
         network: mode of the clones in the pool; None: that of the snapshot.
     """
 
