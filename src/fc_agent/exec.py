@@ -292,6 +292,4 @@ def failure(log: str) -> str:
 def runtime_code(message: str) -> int:
     """The exit code that Podman gives such a failure of its runtime: 127 not found, 126 cannot be executed."""
     text = message.lower()
-    if "chdir" in text:
-        return 126
     return 127 if "not found" in text or "no such file" in text else 126

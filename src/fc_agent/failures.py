@@ -7,6 +7,7 @@ MEANINGS = (
     (r"executable file [`'\"](.*?)[`'\"] not found", "There is no program {} in the container."),
     (r"the path [`'\"](.*?)[`'\"] exists but it is not executable", "{} in the container is not executable."),
     (r"workdir [`'\"](.*?)[`'\"] does not exist", "There is no directory {} in the container."),
+    (r"chdir to [`'\"](.*?)[`'\"]: No such file or directory", "There is no directory {} in the container."),
     (r"unable to find user (\S+?):", "There is no user {} in the container."),
     (r"unable to find group (\S+?):", "There is no group {} in the container."),
 )

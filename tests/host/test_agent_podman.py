@@ -196,6 +196,7 @@ def test_a_terminal(guest: Guest) -> None:
         (("no-such-program",), {}, 127),
         (("/etc/passwd",), {}, 126),
         (("/bin/sh",), {"user": "nobody"}, 126),
+        (("/bin/sh",), {"workdir": "/no/such/directory"}, 126),
         (("/bin/sh",), {"image": "localhost/none"}, 125),
     ],
 )
@@ -286,7 +287,9 @@ def test_exec(guest: Guest) -> None:
         (["no-such-program"], {}, 127),
         (["no-such-program"], {"tty": True}, 127),
         (["/etc/passwd"], {}, 126),
-        (["true"], {"cwd": "/no/such/directory"}, 126),
+        (["true"], {"cwd": "/no/such/directory"}, 127),  # as `podman exec`; `podman run` says 126 of the same
+        (["true"], {"cwd": "/no/such/directory", "tty": True}, 127),
+        (["true"], {"cwd": "/etc/passwd"}, 126),
         (["true"], {"user": "nobody"}, 125),
     ):
         ended, out, err = guest.exec(*argv, **options)

@@ -322,12 +322,26 @@ def test_uptime_grows() -> None:
             "/etc/passwd in the container is not executable.",
         ),
         ('workdir "/nope" does not exist on container a5fb5a24', "There is no directory /nope in the container."),
+        ("chdir to `/nope`: No such file or directory", "There is no directory /nope in the container."),
         ("unable to find user nobodyx: no matching entries in passwd file", "There is no user nobodyx in the container."),
         ("crun: something odd: OCI runtime error", "Something odd."),
     ],
 )
 def test_what_podman_says_in_one_sentence(said: str, meant: str) -> None:
     assert explain(said) == meant
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("executable file `x` not found in $PATH: No such file or directory", 127),
+        ("chdir to `/nope`: No such file or directory", 127),
+        ("chdir to `/etc/passwd`: Not a directory", 126),
+        ("the path `/etc/passwd` exists but it is not executable: Operation not permitted", 126),
+    ],
+)
+def test_a_failed_exec_has_podmans_exit_code(said: str, code: int) -> None:
+    assert exec.runtime_code(said) == code
 
 
 def test_a_program_that_cannot_be_started_leaves_no_files(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
