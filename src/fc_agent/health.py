@@ -60,19 +60,27 @@ class Monitor:
             check: Check | None = http_check(plan.url or "http://localhost/")
             schedule = _schedule(plan, Schedule(HTTP_INTERVAL, HTTP_TIMEOUT, RETRIES, START_PERIOD))
         else:
-            check, schedule = self._image_check(plan)
+            check, schedule = self._image_check(plan, self._image())
+        if self._stop.is_set():
+            return
         if check is None:
             self._report("healthy", "")
             return
         self._report("starting", "")
         self._watch(check, schedule)
 
-    def _image_check(self, plan: HealthPlan) -> tuple[Check | None, Schedule]:
+    def _image(self) -> dict[str, Any]:
+        """What the image says of itself; until Podman tells, nobody knows whether it has a check, let alone passes it."""
+        while not self._stop.is_set():
+            try:
+                return self._container.image()
+            except PodmanError as error:
+                self._report("starting", f"the image's health check is not known: {error.message}")
+                self._stop.wait(HTTP_INTERVAL)
+        return {}
+
+    def _image_check(self, plan: HealthPlan, image: dict[str, Any]) -> tuple[Check | None, Schedule]:
         default = Schedule(INTERVAL, TIMEOUT, RETRIES, START_PERIOD)
-        try:
-            image = self._container.image()
-        except PodmanError:
-            return None, default
         config = (
             image.get("HealthCheck") or image.get("Healthcheck") or (image.get("Config") or {}).get("Healthcheck") or {}
         )
@@ -166,12 +174,11 @@ def http_check(url: str) -> Check:
     import http.client  # slow to import, and rarely needed
     from urllib.parse import urlsplit
 
-    parts = urlsplit(url)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-
     def check(timeout: float) -> tuple[bool, str]:
         try:
+            parts = urlsplit(url)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             connection = kind(parts.hostname or "localhost", parts.port, timeout=timeout)
             try:
                 connection.request("GET", path, headers={"User-Agent": "fcvm", "Connection": "close"})

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import queue
 import select
 import socket
 import threading
@@ -18,6 +19,7 @@ from fc_agent.attach import Attached
 from fc_agent.channel import STDERR, STDOUT
 from fc_agent.control import Control
 from fc_agent.failures import explain
+from fc_agent.podman import PodmanError
 from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, VolumePlan
 from fc_agent.session import LaunchError, Request, Server
 from fc_agent.structs import replace
@@ -194,6 +196,28 @@ def test_health_over_http_follows_the_service(web: str) -> None:
     Answer.status = 404
     wait_for(["starting", "unhealthy", "healthy", "unhealthy"])
     monitor.stop()
+
+
+def test_a_url_that_is_none_is_not_healthy_and_does_not_end_the_checks() -> None:
+    assert not health.http_check("http://[::1")(5)[0]
+
+
+def test_health_is_not_known_until_podman_tells_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "HTTP_INTERVAL", 0.01)
+    answers: list[PodmanError | dict[str, object]] = [PodmanError("It is gone."), {}]
+
+    class Asked(Plain):
+        def image(self) -> dict[str, object]:
+            answer = answers.pop(0)
+            if isinstance(answer, PodmanError):
+                raise answer
+            return answer
+
+    reports: queue.Queue[tuple[str, str]] = queue.Queue()
+    monitor = health.Monitor(Asked(HealthPlan("image")), lambda *report: reports.put(report))  # type: ignore[arg-type]
+    monitor.start()
+    assert reports.get(timeout=30) == ("starting", "the image's health check is not known: It is gone.")
+    assert reports.get(timeout=30) == ("healthy", "")
 
 
 def test_http_check_of_nothing() -> None:

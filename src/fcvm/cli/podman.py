@@ -267,7 +267,16 @@ def _entrypoint(text: str | None) -> list[str] | None:
 
 def _url(text: str | None) -> str | None:
     """``--health-check`` if it is a URL that can be asked in the guest."""
-    if text is not None and not text.startswith(("http://", "https://")):
+    if text is None:
+        return None
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(text)
+        sound = parts.scheme in ("http", "https") and parts.netloc and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
         raise UsageError(f"--health-check {text!r} is not a URL.", hint="--health-check http://localhost:80/")
     return text
 
