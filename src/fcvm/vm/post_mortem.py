@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from fcvm.errors import FcvmError, GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fcvm.firecracker.process import Firecracker
     from fcvm.vm.spec import RunSpec
+
+# What the kernel says when it kills for want of memory (mm/oom_kill.c), or panics for it
+NO_MEMORY = "[Oo]ut of memory|oom-kill|deadlocked on memory"
 
 
 def why(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
@@ -17,11 +22,11 @@ def why(firecracker: Firecracker, spec: RunSpec) -> FcvmError:
     if code < 0:  # whatever the guest does, it exits
         return GuestError(f"Firecracker was killed by signal {-code} before the container had ended.{console.quote()}")
     text = "\n".join(console.lines(200))
-    if "Out of memory" in text or "out of memory" in text or "oom-kill" in text:
+    panic = re.search("Kernel panic(?: - )?(.*)", text)
+    if re.search(NO_MEMORY, panic[1] if panic else text):  # a panic says its own reason; a killed process may have been survived
         return GuestError(
             f"The guest ran out of memory ({spec.memory} MiB).{console.quote()}", hint=f"--mem {spec.memory * 2}"
         )
-    if "Kernel panic" in text:
-        reason = text.split("Kernel panic", 1)[1].splitlines()[0].removeprefix(" - ").strip()
-        return GuestError(f"The guest's kernel panicked: {reason}.{console.quote()}")
+    if panic:
+        return GuestError(f"The guest's kernel panicked: {panic[1].strip()}.{console.quote()}")
     return GuestError(f"Firecracker exited with code {code} before the container had ended.{console.quote()}")
