@@ -36,10 +36,10 @@ def size(text: str) -> int:
         ValueError: it is not a positive size of at least 1 MiB.
     """
     units = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
-    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower(), re.ASCII)
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*(?:([kmgt])(?:i?b)?)?\s*", text.lower(), re.ASCII)
     if not found:
         raise ValueError(f"{text!r} is not a size like 512m or 2g")
-    mib = int(float(found[1]) * units[found[2]])
+    mib = int(float(found[1]) * units[found[2] or ""])
     if mib < 1:
         raise ValueError(f"{text!r} is less than 1m")
     return mib
@@ -111,7 +111,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("kernel_sha256", str, "", "Checksum of the archive at kernel_url."),
     Setting("debian_suite", str, "trixie", "Debian release of the guest image and its kernel."),
     Setting("debian_mirror", str, "", "Debian mirror; empty: the one that this host's apt uses, or Debian's own."),
-    Setting("further_images", str, "", "Another data directory, whose images are used where this one has none of that name."),
+    Setting("further_images", lambda text: text and directory(text), "",
+            "Another data directory, whose images are used where this one has none of that name."),
     Setting("cpu", count(1), 2, "Virtual CPUs of a VM, unless --cpu says otherwise."),
     Setting("mem", size, "1g", "Memory of a VM, unless --mem says otherwise."),
     Setting("scratch_size", size, "10g", "Size of a VM's writable disk (sparse: it takes what is written)."),

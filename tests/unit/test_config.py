@@ -23,7 +23,7 @@ def test_what_is_too_small_a_size(text: str) -> None:
         config.size(text)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "lots", "abcg", "infg", "nang", "1e400g", "2gg", "ib", "g", "1_0", "٣g", "9" * 400])
+@pytest.mark.parametrize("text", ["", "-1", "lots", "abcg", "infg", "nang", "1e400g", "2gg", "ib", "g", "1_0", "٣g", "9" * 400, "512b", "512ib"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size like 512m or 2g"):
         config.size(text)
@@ -77,6 +77,8 @@ def test_the_data_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     env = {"FCVM_CONFIG": str(tmp_path / "none")}
     assert config.load(env={**env, "FCVM_BASE_DIR": "data"}).base_dir == str(tmp_path / "data")
     assert config.load(env={**env, "FCVM_BASE_DIR": "~/data"}).base_dir == str(tmp_path / "home/data")
+    assert config.load(env={**env, "FCVM_FURTHER_IMAGES": "~/other"}).further_images == str(tmp_path / "home/other")
+    assert config.load(env=env).further_images == ""
 
 
 def test_a_user_without_a_home_is_asked_for_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
