@@ -50,7 +50,7 @@ def test_every_command_has_help(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_says_where_it_runs(name: str) -> None:
-    assert load(COMMANDS[name][0]).WHERE in ("here", "vms")
+    assert load(COMMANDS[name][0]).WHERE in ("here", "vms", "anywhere")
 
 
 def test_global_options_may_stand_before_the_command() -> None:
@@ -149,6 +149,18 @@ def test_a_full_or_forbidden_data_directory_is_no_traceback(tmp_path: Path) -> N
     assert done.returncode == 125
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["FCVM_CPU", "FCVM_CONFIG"])
+def test_what_helps_with_wrong_settings_works_with_them(wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("unknown = 1\n")
+    env = {wrong: str(tmp_path / "config.toml")}
+    failed = fcvm("ls", base=tmp_path, env=env)
+    assert failed.returncode == 125
+    assert "hint: fcvm setup --generate-config shows every setting" in failed.stderr
+    shown = fcvm("setup", "--generate-config", base=tmp_path, env=env)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, config.generate(), "")
+    assert fcvm("completions", "bash", base=tmp_path, env=env).returncode == 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -3,10 +3,9 @@
 import argparse
 import os
 
-from fcvm.cli.context import Context
 from fcvm.errors import FcvmError
 
-WHERE = "here"
+WHERE = "anywhere"
 SHELLS = ("bash", "zsh", "fish")
 MACHINE_TIMEOUT = 5.0  # seconds that a shell may wait for names
 
@@ -18,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="bash, zsh or fish")
 
 
-def run(args: argparse.Namespace, context: Context) -> int:
+def run(args: argparse.Namespace) -> int:
     from argcomplete.shell_integration import shellcode
 
     print(shellcode(["fcvm"], shell=args.shell))

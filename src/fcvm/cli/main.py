@@ -168,6 +168,10 @@ def dispatch(argv: list[str]) -> int:
         parser.print_help()
         return 0
 
+    module = load(COMMANDS[args.fcvm_command][0])
+    if module.WHERE == "anywhere":
+        return int(module.run(args))
+
     from fcvm import config as settings
     from fcvm import log
     from fcvm.cli.context import Context
@@ -175,7 +179,6 @@ def dispatch(argv: list[str]) -> int:
     overrides = {"base_dir": args.base_dir, "log": args.log}
     context = Context(settings.load(overrides))
     log.configure(context.config.log)
-    module = load(COMMANDS[args.fcvm_command][0])
     if hasattr(module, "prepare"):
         module.prepare(args, context)
     if module.WHERE == "vms":

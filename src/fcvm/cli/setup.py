@@ -9,10 +9,20 @@ from fcvm.cli.context import Context
 WHERE = "here"
 
 
+class GenerateConfig(argparse.Action):
+    """Prints and ends, as --version does: it is what errors of the settings refer to, and must work with any."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fcvm.config import generate
+
+        print(generate(), end="")
+        parser.exit()
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--generate-config", action="store_true", help="print every setting with its default, as a configuration file"
+        "--generate-config", action=GenerateConfig, nargs=0, help="print every setting with its default, as a configuration file"
     )
     what.add_argument("--storage-only", action="store_true", help="only make the data directory")
     parser.add_argument(
@@ -29,12 +39,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
-    if args.generate_config:
-        from fcvm.config import generate
-
-        print(generate(), end="")
-        return 0
-
     from fcvm import host
     from fcvm.setup import build, progress, storage
 
