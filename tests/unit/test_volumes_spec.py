@@ -97,7 +97,15 @@ def test_a_spec_with_volumes_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("user", "ids"),
-    [(None, (0, 0)), ("0", (0, 0)), ("1000", (1000, 0)), ("1000:100", (1000, 100)), ("www-data", (0, 0)), ("1:g", (1, 0))],
+    [
+        ("", (0, 0)),
+        ("0", (0, 0)),
+        ("1000", (1000, 0)),
+        ("1000:100", (1000, 100)),
+        ("www-data", (0, 0)),
+        ("1:g", (1, 0)),
+        ("node:1000", (0, 1000)),
+    ],
 )
-def test_owner(user: str | None, ids: tuple[int, int]) -> None:
+def test_owner(user: str, ids: tuple[int, int]) -> None:
     assert owner(user) == ids

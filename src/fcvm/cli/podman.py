@@ -144,7 +144,13 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
     further = Layout(context.config.further_images) if context.config.further_images else None
     image = resolve.ensure(args.words[0], pull=args.pull, layout=context.layout, further=further)
-    use = ImageUse(reference=image.reference, id=image.id, digest=image.digest, path=str(image.path))
+    use = ImageUse(
+        reference=image.reference,
+        id=image.id,
+        digest=image.digest,
+        path=str(image.path),
+        user=image.config.get("User") or "",
+    )
     args.spec = RunSpec(image=use, **draft).to_json()
 
 

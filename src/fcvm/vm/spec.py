@@ -23,12 +23,14 @@ class ImageUse(Struct):
         id: the image's config digest, ``sha256:...``: what Podman in the guest runs.
         digest: the manifest's digest.
         path: the image disk on the user's host.
+        user: as whom its containers run (``USER`` of a Dockerfile), empty for root.
     """
 
     reference: str
     id: str
     digest: str
     path: str
+    user: str = ""
 
 
 class RunSpec(Struct):

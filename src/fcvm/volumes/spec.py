@@ -57,10 +57,14 @@ def parse_all(texts: Iterable[str]) -> list[Volume]:
     return list(volumes.values())
 
 
-def owner(user: str | None) -> tuple[int, int]:
-    """The user and group id of a container's ``--user`` in numbers; root's for names, which only the image knows."""
-    uid, _, gid = (user or "0").partition(":")
-    return (int(uid), int(gid) if gid.isdecimal() else 0) if uid.isdecimal() else (0, 0)
+def owner(user: str) -> tuple[int, int]:
+    """The numbers in a container's user, ``USER[:GROUP]``; 0 for names, which only the image can tell."""
+    uid, _, gid = user.partition(":")
+    return _number(uid), _number(gid)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() and int(text) < 1 << 32 else 0
 
 
 def _items(text: str) -> list[list[str]]:
