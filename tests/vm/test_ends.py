@@ -123,6 +123,20 @@ def test_a_firecracker_that_is_killed_ends_the_run_with_its_console(vm_name: str
     assert vm(vm_name) is None
 
 
+def test_a_vm_in_the_background_that_dies_is_kept_if_it_is_to_be(detached, vm_name: str) -> None:
+    detached("sh", "-c", "echo ready; sleep 600", options=["--no-rm"])
+    wait(lambda: ok("logs", vm_name) == b"ready\n")
+    supervisor = str((vm(vm_name) or {})["pid"])
+    subprocess.run(where_vms_are("pkill", "-9", "-P", supervisor, "firecracker"), env=environment(), check=True)
+    wait(lambda: (vm(vm_name) or {})["status"] == "exited")
+    found = vm(vm_name) or {}
+    assert (found["exit_code"], found["health"]) == (125, "stopped")
+    assert ok("logs", "-f", vm_name) == b"ready\n"
+    last = ok("logs", "--console", vm_name).decode().splitlines()[-1]
+    assert last == "fcvm: Firecracker was killed by signal 9 before the container had ended."
+    assert ok("rm", vm_name).decode().strip() == vm_name
+
+
 # Sends the supervisor with the pid argv[1] the signal argv[3] at the moment when Firecracker, paused, has begun to write the
 # snapshot argv[2]; says what is in the snapshot then, and in which state the VM is. When stdin has ended, the supervisor goes on.
 AT_THAT_MOMENT = r"""

@@ -26,6 +26,7 @@ from fcvm.storage.rotating import RotatingFile
 API_SOCKET = "firecracker.sock"
 VSOCK = "vsock.sock"
 CONSOLE = "console.log"
+QUOTE = " The last console lines:"  # begins a quotation of it
 CONSOLE_LIMIT = 4 << 20  # bytes kept, twice: the current file and the one before
 API_TIMEOUT = 60.0  # seconds for one call
 START_TIMEOUT = 60.0  # seconds until the API answers; natively it takes under one millisecond
@@ -199,4 +200,4 @@ class Console:
     def quote(self, count: int = 10) -> str:
         """The last lines as an indented block for an error message; empty when there are none."""
         lines = self.lines(count)
-        return " The last console lines:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""
+        return f"{QUOTE}\n" + "\n".join(f"    {line}" for line in lines) if lines else ""

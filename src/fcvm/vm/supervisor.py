@@ -30,7 +30,7 @@ from fcvm.agent.control import Control, new_machine_id
 from fcvm.config import Config
 from fcvm.errors import AgentError, ContainerError, FcvmError, GuestError, NetworkError, NotFoundError, SnapshotError
 from fcvm.firecracker.boot import KERNEL
-from fcvm.firecracker.process import Firecracker
+from fcvm.firecracker.process import CONSOLE, QUOTE, Firecracker
 from fcvm.linux import sockets
 from fcvm.storage.layout import Layout, remove
 from fcvm.vm import listeners, messages, network, output, paths, post_mortem, requests, rpc, sessions, state
@@ -96,6 +96,7 @@ class Supervisor:
         self.deadline: float | None = None
         self._vmm = contextlib.ExitStack()  # Firecracker; it may be replaced by another one
         self._misunderstood: AgentError | None = None
+        self._failure: FcvmError | None = None  # what ends the VM
         self.killing = False
         self.stop_sent = False
         self.warmed = False  # the container was healthy, and a warm start taken if one was wanted
@@ -164,6 +165,7 @@ class Supervisor:
                     self._loop()
                     self.timings.mark("end")
                 except FcvmError as error:
+                    self._failure = error
                     requests.answer_waiting(self, rpc.failure(error))
                     raise
                 finally:
@@ -256,16 +258,22 @@ class Supervisor:
         return Volumes(spec.volumes, vsock_path, owner=owner(spec.user or spec.image.user), states=states)
 
     def _leave(self) -> None:
-        """The end of the VM's directory; of a kept VM only the logs stay."""
-        if self.spec.remove or self.exit is None:
+        """The end of the VM's directory; of a kept VM only the logs stay, with why it ended at the end of the console's."""
+        ended: dict[str, Any] = self.exit or {}
+        if self._failure is not None and self.phase == "running":
+            ended = {"code": self._failure.exit_code, "message": self._failure.message} | ended
+        if self.spec.remove or not ended:
             remove(self.directory)
             return
-        logs = (output.LOG, f"{output.LOG}.1", output.CLOSED, "console.log", "console.log.1")
+        if ended.get("message"):
+            with contextlib.suppress(OSError), open(self.directory / CONSOLE, "a") as console:
+                console.write(f"fcvm: {str(ended['message']).partition(QUOTE)[0]}\n")
+        logs = (output.LOG, f"{output.LOG}.1", output.CLOSED, CONSOLE, f"{CONSOLE}.1")
         for path in self.directory.iterdir():
             if path.name not in logs:
                 remove(path)
         (self.directory / output.CLOSED).touch()  # now there is space for it even on a full disk
-        self.entry.update(status="exited", health="stopped", exit_code=self.exit["code"], keep=True)
+        self.entry.update(status="exited", health="stopped", exit_code=ended["code"], keep=True)
 
     # The loop
 
