@@ -93,6 +93,8 @@ class Volume:
         self.most_handles = raise_descriptor_limit() // 4
         if watch and self.nodes is not None:
             self.watcher = Watcher.start(self)
+        if self.watcher is not None and self.nodes is not None and self.nodes.root.kind == stat.S_IFREG:
+            self.watcher.add(self.nodes.root)  # a file has no directory here that is watched for it
 
     def write_journal(self, journal: Journal) -> None:
         """Note every change of what the kernel knows in a journal from now on."""
@@ -213,6 +215,8 @@ class Volume:
         """How long attributes may be believed."""
         if node.kind == stat.S_IFDIR:
             return NAME_TIME if node.watch is not None and node.watch >= 0 else UNWATCHED_TIME
+        if node.watch is not None and node.watch >= 0:  # the served file itself, by whatever name it is changed
+            return FILE_TIME
         watched = node.parent is not None and node.parent.watch is not None and node.parent.watch >= 0
         return FILE_TIME if watched and (info.st_nlink == 1) else UNWATCHED_TIME
 

@@ -1,12 +1,13 @@
 """What changes on the host is told to the kernel on the other side: inotify events become FUSE notifications.
 
-Every directory that the kernel has looked into is watched. The kernel's own requests raise events too: those that
+Every directory that the kernel has looked into is watched, and a file that is served by itself. The kernel's own requests raise events too: those that
 change names are expected, one for one; a write is known by the state in which it left the file.
 """
 
 import contextlib
 import os
 import select
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -24,7 +25,7 @@ IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 0
 IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
 IN_ONLYDIR, IN_EXCL_UNLINK = 0x01000000, 0x04000000
 NAMES = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
-MASK = NAMES | IN_MODIFY | IN_ATTRIB | IN_ONLYDIR | IN_EXCL_UNLINK
+MASK = NAMES | IN_MODIFY | IN_ATTRIB | IN_EXCL_UNLINK
 _EVENT = struct.Struct("iIII")
 
 # Events within this time are taken together: a file being written raises one for every write.
@@ -71,10 +72,11 @@ class Watcher:
             os.close(fd)
 
     def add(self, directory: Node) -> None:
-        """Watch a directory; its ``watch`` becomes -1 if that is not possible."""
+        """Watch a directory (or the served file); its ``watch`` becomes -1 if that is not possible."""
         fd = self.volume.table.fd(directory)
+        mask = MASK | IN_ONLYDIR if directory.kind == stat.S_IFDIR else MASK
         try:
-            watch = linux.inotify_add(self.fd, b"/proc/self/fd/%d" % fd.n, MASK)
+            watch = linux.inotify_add(self.fd, b"/proc/self/fd/%d" % fd.n, mask)
         except OSError:  # ENOSPC: fs.inotify.max_user_watches; EACCES: not readable
             directory.watch = -1
             return

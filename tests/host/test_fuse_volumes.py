@@ -33,6 +33,28 @@ def shared() -> Iterator[Mount]:
         yield mounted
 
 
+# What has no watch is believed for long: what is seen nevertheless was pushed, however slow this host is.
+ONLY_PUSHED = """
+import sys
+from fuse_pipe import volume
+from fuse_pipe.server import Server, listening
+volume.UNWATCHED_TIME = 600
+with listening(sys.argv[2]) as listener:
+    Server(sys.argv[1]).accept(listener)
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed() -> Iterator[Mount]:
+    with fuse_support.scratch() as base:
+        mounted = Mount(base)
+        try:
+            mounted.start(program=ONLY_PUSHED)
+            yield mounted
+        finally:
+            mounted.stop()
+
+
 @pytest.fixture
 def here(shared: Mount, request: pytest.FixtureRequest) -> Path:
     path = shared.path / f"t{abs(hash(request.node.nodeid))}"
@@ -42,6 +64,13 @@ def here(shared: Mount, request: pytest.FixtureRequest) -> Path:
 
 def on_host(shared: Mount, path: Path) -> Path:
     return shared.host / path.relative_to(shared.path)
+
+
+def fresh(mounted: Mount, name: str) -> Path:
+    """A new directory in a mount."""
+    path = mounted.path / name
+    path.mkdir()
+    return path
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -487,8 +516,9 @@ def test_directory_position_survives_changes(shared: Mount, here: Path) -> None:
 # ---- what the host changes is seen
 
 
-def test_host_changes_are_seen(shared: Mount, here: Path) -> None:
-    host = on_host(shared, here)
+def test_host_changes_are_seen(pushed: Mount) -> None:
+    here = fresh(pushed, "host_changes_are_seen")
+    host = on_host(pushed, here)
     assert not (here / "f").exists()
     (host / "f").write_text("one")
     eventually(lambda: (here / "f").exists())
@@ -513,9 +543,10 @@ def test_host_changes_are_seen(shared: Mount, here: Path) -> None:
     assert os.listdir(here) == ["d"]
 
 
-def test_host_writes_into_an_open_and_cached_file(shared: Mount, here: Path) -> None:
+def test_host_writes_into_an_open_and_cached_file(pushed: Mount) -> None:
+    here = fresh(pushed, "host_writes_into_an_open_and_cached_file")
     (here / "f").write_bytes(b"a" * 8192)
-    with (here / "f").open("rb", buffering=0) as guest, on_host(shared, here / "f").open("r+b", buffering=0) as host:
+    with (here / "f").open("rb", buffering=0) as guest, on_host(pushed, here / "f").open("r+b", buffering=0) as host:
         assert guest.read(8192) == b"a" * 8192
         for n in range(5):
             host.seek(4096)
@@ -600,10 +631,11 @@ def fill_up(path: Path) -> None:
     os.close(fd)
 
 
-def test_deleted_by_the_host_while_open(shared: Mount, here: Path) -> None:
+def test_deleted_by_the_host_while_open(pushed: Mount) -> None:
+    here = fresh(pushed, "deleted_by_the_host_while_open")
     (here / "f").write_text("content")
     with (here / "f").open() as file:
-        (on_host(shared, here) / "f").unlink()
+        (on_host(pushed, here) / "f").unlink()
         eventually(lambda: not (here / "f").exists())
         assert file.read() == "content"
         assert os.fstat(file.fileno()).st_nlink == 0
@@ -690,6 +722,39 @@ def test_a_single_file(tmp_path: Path) -> None:
             assert (base / "file").read_text() == "content more"
             mounted.path.chmod(0o600)
             assert stat.S_IMODE((base / "file").stat().st_mode) == 0o600
+
+
+def test_changes_of_a_single_file_are_pushed() -> None:
+    """By any of its names, and into what is open and mapped; a new file in its place is another one."""
+    with fuse_support.scratch() as base:
+        (base / "file").write_text("one")
+        os.link(base / "file", base / "link")
+        mounted = Mount(base, host=base / "file")
+        try:
+            mounted.start(program=ONLY_PUSHED)
+            with mounted.path.open("rb", buffering=0) as file:
+                assert os.pread(file.fileno(), 9, 0) == b"one"
+                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+                    assert view[:] == b"one"
+                    overwrite(base / "file", "two and more")
+                    eventually(lambda: view[:] == b"two")
+                    assert os.pread(file.fileno(), 99, 0) == b"two and more"
+                overwrite(base / "link", "2wo")
+                eventually(lambda: os.pread(file.fileno(), 3, 0) == b"2wo")
+            (base / "new").write_text("another file")
+            (base / "new").rename(base / "file")
+            eventually(lambda: mounted.path.stat().st_nlink == 1)
+            assert mounted.path.read_text() == "2wo and more"
+            overwrite(base / "link", "3")
+            eventually(lambda: mounted.path.read_text() == "3wo and more")
+        finally:
+            mounted.stop()
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write at the beginning of a file."""
+    with path.open("r+") as file:
+        file.write(text)
 
 
 def test_mounted_file_systems_below_are_seen() -> None:
