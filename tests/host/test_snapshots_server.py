@@ -339,6 +339,31 @@ def test_stop_ends_servers_and_their_clones(layout: Layout) -> None:
         assert "fcvm snapshot ls" in fcvm(layout, "snapshot", "stop", check=125).stderr
 
 
+def test_stop_of_a_server_that_still_fills_its_pool(layout: Layout, tmp_path: Path) -> None:
+    """Its first Firecracker takes its time."""
+    slow = tmp_path / "firecracker"
+    slow.write_text("#!/bin/sh\nexec sleep 8\n")
+    slow.chmod(0o755)
+    (tmp_path / "assets.json").write_text(structs.replace(assets(layout), firecracker=slow).to_json())
+    words = [sys.executable, "-c", SERVE, str(layout.base), json.dumps({"tag": "warm"})]
+    env = {**environment(layout), "FCVM_ASSETS": str(tmp_path / "assets.json")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            for _ in range(1200):
+                if servers.running(layout) or process.poll() is not None:
+                    break
+                threading.Event().wait(0.05)
+            assert process.poll() is None, process.communicate()
+            assert servers.running(layout)[0]["ready"] == 0
+            assert fcvm(layout, "snapshot", "stop", "warm").stdout == f"{process.pid}\n"
+            stdout, stderr = process.communicate(timeout=60)
+            assert stdout == "", "it never was ready"
+            assert "The clone server of 'warm' is ending" in stderr
+        finally:
+            process.kill()
+    assert clean(layout)
+
+
 def test_stop_comes_too_late(layout: Layout) -> None:
     server = CloneServer(Settings("nothing"), config.load({"base_dir": str(layout.base)}), assets(layout))
     with pytest.raises(NotFoundError):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fcvm import config as settings
 from fcvm.cli.snapshot import distributed, pool_size
-from fcvm.errors import FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
+from fcvm.errors import ConflictError, FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
 from fcvm.snapshots import create, page_faults, pool, server, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
@@ -239,6 +239,23 @@ def test_registered_server_is_alone_and_found(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError):
             servers.call(layout, os.getpid(), {"op": "status"})
     assert not directory.exists()
+
+
+def test_a_server_that_does_not_answer_keeps_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was stopped by SIGSTOP, say."""
+    monkeypatch.setattr(servers, "ANSWER", 0.05)
+    layout, pid = Layout(tmp_path), os.getpid()
+    with (
+        servers.registered(layout, {"pid": pid, "tag": "warm"}) as directory,
+        sockets.listen(directory / servers.SOCKET),
+    ):
+        assert servers.running(layout) == []
+        assert f"The clone server {pid} does not answer" in capsys.readouterr().err
+        assert servers.pids(layout) == [pid], "so that it is not forgotten"
+        with pytest.raises(ConflictError, match="does not answer"):
+            servers.stop(layout, pid)
 
 
 def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

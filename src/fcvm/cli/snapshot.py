@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
-from fcvm.errors import FcvmError, UsageError
+from fcvm.errors import ConflictError, FcvmError, UsageError
 from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
@@ -305,12 +305,18 @@ def _stop(args: argparse.Namespace, context: Context) -> int:
     from fcvm.snapshots import servers
 
     if args.all:
-        found = [server["pid"] for server in servers.running(context.layout)]
+        found = servers.pids(context.layout)
     else:
         found = [pid for word in args.servers for pid in servers.find(context.layout, word)]
+    silent: list[ConflictError] = []
     for pid in dict.fromkeys(found):
-        servers.stop(context.layout, pid)
-        print(pid)
+        try:
+            servers.stop(context.layout, pid)
+            print(pid)
+        except ConflictError as error:
+            silent.append(error)
+    if silent:
+        raise silent[0]  # the others being stopped
     return 0
 
 

@@ -79,6 +79,7 @@ class CloneServer:
         self.memory: MemoryServer | None = None
         self.recorder: Recorder | None = None
         self.stopping = False
+        self.failure: Exception | None = None
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.waking = threading.RLock()  # a signal handler may stop us while its own thread does
 
@@ -102,7 +103,7 @@ class CloneServer:
         """Serve; ``ready`` is called when clients can come.
 
         Raises:
-            FcvmError: the snapshot is not there, or cannot be restored here.
+            FcvmError: the snapshot is not there, or cannot be restored here; or it is stopped before it is ready.
         """
         settings = self.settings
         with contextlib.ExitStack() as stack:
@@ -122,15 +123,13 @@ class CloneServer:
                 "created_at": time.time(),
             }
             directory = stack.enter_context(servers.registered(self.layout, info))
-            kit = self._kit(stack, directory, spec)
-            self.pool = stack.enter_context(
-                Pool(kit, self.layout.vms, minimum=settings.minimum, maximum=settings.maximum)
-            )
-            stack.callback(self._end_clients)
-            self.pool.fill()
             listener = stack.enter_context(sockets.listen(directory / servers.SOCKET))
-            ready()
+            kit = self._kit(stack, directory, spec)
+            stack.enter_context(self._filled(kit, ready))
+            stack.callback(self._end_clients)
             self._accept(listener)
+        if self.failure is not None:
+            raise self.failure
 
     def _mode(self) -> str:
         return self.settings.network or self.snapshot.manifest.network
@@ -164,6 +163,28 @@ class CloneServer:
             network=_network(spec),
             arguments=tuple(spec.firecracker_args),
         )
+
+    @contextlib.contextmanager
+    def _filled(self, kit: Kit, ready: Callable[[], None]) -> Iterator[None]:
+        """A pool that is being filled inside the block, where the server can be asked and stopped already."""
+        settings = self.settings
+
+        def fill() -> None:
+            try:
+                self.pool.fill()
+                ready()
+            except Exception as error:
+                self.failure = error
+                self.stop()
+
+        filler = threading.Thread(target=fill, name="filler")
+        with Pool(kit, self.layout.vms, minimum=settings.minimum, maximum=settings.maximum) as self.pool:
+            filler.start()
+            try:
+                yield
+            finally:
+                self.pool.close()  # which ends the filling
+                filler.join()
 
     def _memory_failed(self, pid: int, message: str) -> None:
         log.error(f"a clone of {self.settings.tag} ends, its memory cannot be served: {message}")

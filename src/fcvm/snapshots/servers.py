@@ -24,6 +24,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 
+from fcvm import log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError
 from fcvm.linux import sockets
 from fcvm.storage import records
@@ -39,6 +40,7 @@ INFO = "server.json"
 MEMORY_SOCKET = "memory.sock"
 MAX_LINE = 1 << 20
 MAX_FDS = 2
+ANSWER = 10.0  # seconds for a server to answer, which takes it milliseconds
 
 
 @contextlib.contextmanager
@@ -68,11 +70,24 @@ def _sweep(layout: Layout) -> None:
 def running(layout: Layout) -> list[dict[str, Any]]:
     """The servers that run, each with what it says of itself, by pid."""
     found = []
-    for directory in filter(_alive, _directories(layout)):
-        with contextlib.suppress(OSError, ValueError, FcvmError):  # it starts, or ends
-            info = records.load(directory / INFO)
-            found.append({**info, **call(layout, int(directory.name), {"op": "status"})})
+    for pid in pids(layout):
+        try:
+            info = records.load(layout.base / "servers" / str(pid) / INFO)
+            found.append({**info, **call(layout, pid, {"op": "status"})})
+        except TimeoutError:
+            log.warning(_silent(pid))
+        except (OSError, ValueError, FcvmError):  # it starts, or ends
+            pass
     return found
+
+
+def pids(layout: Layout) -> list[int]:
+    """Of the servers that run."""
+    return [int(directory.name) for directory in _directories(layout) if _alive(directory)]
+
+
+def _silent(pid: int) -> str:
+    return f"The clone server {pid} does not answer: kill -KILL {pid}, where it runs, ends it and its clones."
 
 
 def _directories(layout: Layout) -> list[Path]:
@@ -117,9 +132,17 @@ def _tag(directory: Path) -> str | None:
 
 
 def stop(layout: Layout, pid: int) -> None:
-    """End the server ``pid`` and its clones, and wait for that; raises NotFoundError if there is none."""
-    with contextlib.suppress(ConflictError):  # it is ending already
+    """End the server ``pid`` and its clones, and wait for that.
+
+    Raises:
+        NotFoundError: there is none. ConflictError: it does not answer.
+    """
+    try:
         call(layout, pid, {"op": "stop"})
+    except ConflictError:  # it is ending already
+        pass
+    except TimeoutError:
+        raise ConflictError(_silent(pid), hint="fcvm snapshot ls") from None
     try:
         fd = os.open(layout.base / "servers" / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -152,9 +175,10 @@ def call(layout: Layout, pid: int, request: dict[str, Any]) -> dict[str, Any]:
     """One request and its answer.
 
     Raises:
-        NotFoundError: there is no such server. FcvmError: it refused.
+        NotFoundError: there is no such server. FcvmError: it refused. TimeoutError: it does not answer.
     """
     with connect(layout, pid, request) as connection:
+        connection.settimeout(ANSWER)
         answer = next(lines(connection), None)
     if answer is None:
         raise ConflictError(f"The clone server {pid} is ending.", hint="fcvm snapshot ls")
@@ -169,7 +193,7 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """The JSON lines that come, until the connection ends; what is no object ends it as well."""
+    """The JSON lines that come, until the connection ends; what is no object ends it as well. Raises TimeoutError."""
     data = b""
     while True:
         line, newline, rest = data.partition(b"\n")
@@ -185,6 +209,8 @@ def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
             return
         try:
             more = connection.recv(65536)
+        except TimeoutError:
+            raise
         except OSError:
             return
         if not more:
