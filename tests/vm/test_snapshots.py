@@ -98,12 +98,13 @@ def test_verify_and_carry_elsewhere(baseline: str, tmp_path: Path) -> None:
     assert len(checks) >= 12
     assert all(check.startswith("ok") for check in checks)
     ok("snapshots", "export", baseline, str(tmp_path / "it.tar.zst"))
-    copy = name()
+    copy, other = name(), name()
     try:
         assert ok("snapshots", "import", str(tmp_path / "it.tar.zst"), copy).decode().strip() == copy
         assert ok("snapshot", "run", "--snapshot", copy, "--exec", "echo ready") == b"ready\n"
+        assert ok("snapshots", "import", "-", other, input=(tmp_path / "it.tar.zst").read_bytes()).decode().strip() == other
     finally:
-        fcvm("snapshots", "rm", copy)
+        fcvm("snapshots", "rm", copy, other)
 
 
 def test_a_clone_for_one_command(server: str) -> None:
