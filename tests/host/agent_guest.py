@@ -1,7 +1,7 @@
 """A guest without a VM, for tests: the guest image as the root of fresh namespaces, the agent in it over Unix sockets.
 
 Started as ``python agent_guest.py ROOT_IMAGE DIRECTORY`` inside ``unshare`` (mount, pid, uts, ipc, net); ``DIRECTORY`` gets the
-sockets. It has an image, localhost/bb: busybox. Everything is gone when its process ends.
+sockets. It has two images of busybox, localhost/bb and localhost/own. Everything is gone when its process ends.
 """
 
 import os

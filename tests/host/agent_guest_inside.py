@@ -18,10 +18,14 @@ from fc_agent.agent import Agent
 from fc_agent.podman import Service
 
 CHANGES = ("ENV FROM_IMAGE=yes", 'CMD ["/bin/sh", "-c", "echo the image says so"]', "STOPSIGNAL SIGUSR1")
+# Of a second image, localhost/own, which sets all that a run may leave to it
+OWN = (
+    r'ENTRYPOINT ["/bin/sh", "-c", "pwd; id -un; echo \"$@\"; cat", "own"]', 'CMD ["one", "two"]', "USER app", "WORKDIR /home/app",
+)  # fmt: skip
 
 
-def image() -> None:
-    """A root file system with busybox, as Podman's only image."""
+def images() -> None:
+    """A root file system with busybox, as Podman's only images."""
 
     def add(name: str, content: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
         entry = tarfile.TarInfo(name)
@@ -39,8 +43,9 @@ def image() -> None:
                 add(f"bin/{name}", kind=tarfile.SYMTYPE, link="busybox")
         add("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n")
         add("etc/group", b"root:x:0:\napp:x:1000:\nextra:x:2000:app\n")
-    changes = [word for line in CHANGES for word in ("--change", line)]
-    subprocess.run(["podman", "import", "-q", *changes, "/run/bb.tar", "localhost/bb"], check=True)
+    for name, lines in (("localhost/bb", CHANGES), ("localhost/own", OWN)):
+        changes = [word for line in lines for word in ("--change", line)]
+        subprocess.run(["podman", "import", "-q", *changes, "/run/bb.tar", name], check=True)
 
 
 def connect(name: str = "control") -> socket.socket:
@@ -74,7 +79,7 @@ def main() -> None:
     time.clock_settime_ns = keep
     volumes._connector = lambda port: functools.partial(connect, f"volume-{port}")
     service = Service()
-    image()
+    images()
     Agent(service, connect=connect, listen=listen).run()
 
 

@@ -156,6 +156,42 @@ def test_the_images_own_command(guest: Guest) -> None:
     assert guest.main()[1] == b"the image says so\n"
 
 
+def test_the_images_own_entrypoint_user_and_directory(guest: Guest) -> None:
+    guest.plan(image="localhost/own", stdin=True)
+    guest.wait("started")
+    assert guest.exec("sh", "-c", "pwd; id -un")[1] == b"/home/app\napp\n"
+    assert guest.main(stdin=b"")[1] == b"/home/app\napp\none two\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        (("three",), {}, b"/home/app\napp\nthree\n"),
+        (("three",), {"user": "root", "workdir": "/tmp"}, b"/tmp\nroot\nthree\n"),
+        ((), {"entrypoint": ["/bin/echo", "no", "arguments"]}, b"no arguments\n"),
+        (("pwd",), {"entrypoint": []}, b"/home/app\n"),
+    ],
+)
+def test_what_a_run_sets_replaces_the_images_own(
+    guest: Guest, command: tuple[str, ...], options: dict[str, Any], said: bytes
+) -> None:
+    guest.plan(*command, image="localhost/own", **options)
+    guest.wait("started")
+    assert guest.main()[1] == said
+
+
+def test_a_container_that_a_signal_ends_is_128_and_its_number(guest: Guest) -> None:
+    guest.plan("sh", "-c", "f() { f; }; f")  # its stack's end: the one signal of its own that a first process does not survive
+    assert {k: v for k, v in guest.wait("exit").items() if k != "type"} == {"code": 139, "oom": False}
+
+
+def test_a_container_that_is_killed_from_outside_is_137(guest: Guest) -> None:
+    guest.plan("sleep", "1000")
+    guest.wait("started")
+    assert guest.exec("sh", "-c", "kill -9 $(busybox pidof sleep)", target="vm")[0].code == 0
+    assert {k: v for k, v in guest.wait("exit").items() if k != "type"} == {"code": 137, "oom": False}
+
+
 def test_options_reach_the_container(guest: Guest) -> None:
     script = 'echo "$A|$FROM_IMAGE"; pwd; id; hostname; grep containers /etc/hosts; cat /etc/resolv.conf; touch /tmp/x && echo ok'
     guest.plan("/bin/sh", "-c", script, env={"A": "x y"}, workdir="/tmp", user="app")

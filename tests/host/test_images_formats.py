@@ -3,13 +3,18 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingUnixStreamServer
+from urllib.parse import unquote
 
 import pytest
 from images_support import CONFIG, archive, image, lower
@@ -124,6 +129,64 @@ def test_every_format_that_skopeo_writes(tmp_path: Path, home: Path, layout: Lay
     check_again = resolve.ensure(reference, layout=layout)
     assert check_again.key == resolve.ensure("x", layout=layout).key
     assert left(layout) == sorted([f"{check_again.key}.img", f"{check_again.key}.json"])
+
+
+class Daemon(BaseHTTPRequestHandler):
+    """As much of a Docker daemon as says which image a name stands for, and saves it: the file ``saved``, if that is there."""
+
+    saved: Path
+    saves = 0
+
+    def do_HEAD(self) -> None:
+        self.answer(b"OK")
+
+    def do_GET(self) -> None:
+        path = re.sub("^/v[0-9.]+", "", unquote(self.path))
+        content = self.saved.read_bytes() if self.saved.exists() else b""
+        if path.endswith("_ping"):
+            self.answer(b"OK")
+        elif not content or "localhost/a:1" not in path:
+            self.answer(b'{"message": "No such image"}', 404)
+        elif path == "/images/localhost/a:1/json":
+            self.answer(json.dumps({"Id": f"sha256:{hashlib.sha256(content).hexdigest()}"}).encode())
+        elif path == "/images/get?names=localhost/a:1":
+            type(self).saves += 1
+            self.answer(content)
+
+    def answer(self, content: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("API-Version", "1.41")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_image_of_the_docker_daemon(tmp_path: Path, home: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Daemon, "saved", tmp_path / "a.tar", raising=False)
+    monkeypatch.setattr(Daemon, "saves", 0)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with ThreadingUnixStreamServer(f"{tmp_path}/docker.sock", Daemon) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ImageError, match="has no image localhost/a:1"):
+                resolve.ensure("docker-daemon:localhost/a:1", layout=layout)
+            image(Daemon.saved, "localhost/a:1")
+            made = resolve.ensure("docker-daemon:localhost/a:1", layout=layout)
+            assert resolve.ensure("docker-daemon:localhost/a:1", layout=layout) == made
+            assert Daemon.saves == 1
+            image(Daemon.saved, "localhost/a:1", layers=[lower()])
+            assert resolve.ensure("docker-daemon:localhost/a:1", layout=layout).key != made.key
+        finally:
+            server.shutdown()
+            thread.join()
+    check(made)
 
 
 def test_the_kernel_and_the_checker_agree_on_a_real_tree(tmp_path: Path, home: Path, layout: Layout) -> None:
