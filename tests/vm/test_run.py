@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm
 
+from fcvm import config, setup
+from fcvm.storage.layout import Layout
+
 
 def test_hello() -> None:
     done = fcvm("podman", "run", DEMO, "--", "echo", "hi")
@@ -20,7 +23,7 @@ def test_hello() -> None:
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [("exit 0", 0), ("exit 7", 7), ("sleep 600 & kill -9 $!; wait $!", 137), ("exit 125", 125)],
+    [("exit 0", 0), ("exit 7", 7), ("f() { f; }; f", 139), ("exit 125", 125)],  # the third: SIGSEGV
 )
 def test_exit_codes_are_the_containers(command: str, code: int) -> None:
     assert fcvm("podman", "run", DEMO, "--", "sh", "-c", command).returncode == code
@@ -55,7 +58,8 @@ def test_environment_user_workdir_and_labels(vm_name: str, tmp_path) -> None:
     (tmp_path / "env").write_text("FROM_FILE=file value\n")
     with running(
         "podman", "run", "--name", vm_name, "--env", "A=1,B=2", "--env", "C=x,y", "--env", "PASSED",
-        "--env-file", str(tmp_path / "env"), "--user", "1000:1000", "--workdir", "/tmp", "--label", "role=test",
+        "--env-file", str(tmp_path / "env"), "--user", "1000:1000", "--workdir", "/tmp",
+        "--label", "example.com/role=test", "--label", "flag",
         "-i", DEMO, "--", "sh", "-c", 'echo "$A $B $C $FROM_FILE $(id -u) $(id -g) $PWD"; cat',
         stdin=subprocess.PIPE,
     ) as process:  # fmt: skip
@@ -64,7 +68,7 @@ def test_environment_user_workdir_and_labels(vm_name: str, tmp_path) -> None:
         assert process.stdout.readline() == b"1 2 x,y file value 1000 1000 /tmp\n"
         found = vm(vm_name)
         assert found is not None
-        assert found["labels"] == {"role": "test"}
+        assert found["labels"] == {"example.com/role": "test", "flag": ""}
         assert found["status"] == "running"
         assert found["image"] == f"{DEMO}:latest"
         process.stdin.close()
@@ -75,6 +79,18 @@ def test_cmd_and_entrypoint() -> None:
     assert ok("podman", "run", "--cmd", "echo 'two words' x", DEMO) == b"two words x\n"
     assert ok("podman", "run", "--entrypoint", "echo", DEMO, "--", "from", "entrypoint") == b"from entrypoint\n"
     assert ok("podman", "run", "--entrypoint", '["echo", "-n"]', DEMO, "--", "x") == b"x"
+
+
+def test_another_kernel(tmp_path: Path) -> None:
+    """The one from setup with another word in its banner, which is what /proc/version says."""
+    settings = config.load()
+    ours = setup.find(settings, Layout(settings.base_dir)).vmlinux.read_bytes()
+    word, other = b"(debian-kernel@", b"(not-the-usual@"
+    (tmp_path / "vmlinux").write_bytes(ours.replace(word, other))
+    usual = ok("podman", "run", DEMO, "--", "cat", "/proc/version")
+    options = ["--no-snapshot", "--kernel", str(tmp_path / "vmlinux")]
+    assert word in usual
+    assert ok("podman", "run", *options, DEMO, "--", "cat", "/proc/version") == usual.replace(word, other)
 
 
 def test_cpu_and_memory() -> None:
