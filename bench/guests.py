@@ -253,7 +253,7 @@ def together(bench: Bench) -> dict[str, Any]:
 
         start = now()
         for hand in hands:
-            restore.send_resume(hand.vmm.api)
+            hand.vmm.api.socket.sendall(restore.RESUME)
         list(threads.map(live, hands))
         floor = now() - start
         for hand in hands:

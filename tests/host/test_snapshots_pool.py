@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import baremetal
@@ -57,6 +58,19 @@ def vms(tmp_path: Path) -> Iterator[Path]:
     assert [p for p in directory.iterdir() if p.name.startswith(".")] == [], "a pool leaves nothing"
 
 
+def take(pool: Pool, count: int) -> list[pools.Loaded]:
+    """So many clones, asked for at the same time by a thread each, as in a server; or, with those closed that there were, the first error."""
+    with ThreadPoolExecutor(count) as threads:
+        taken = [threads.submit(pool.take) for _ in range(count)]
+    errors = [error for one in taken if (error := one.exception()) is not None]
+    if errors:
+        for one in taken:
+            if one.exception() is None:
+                one.result().close()
+        raise errors[0]
+    return [one.result() for one in taken]
+
+
 def wait_for(pool: Pool, condition: Callable[[], bool]) -> None:
     """Wait until the pool is as ``condition`` wants it."""
     tick = threading.Event()
@@ -85,11 +99,12 @@ def test_taken_clone_runs_as_soon_as_it_is_resumed(kit: Kit, vms: Path) -> None:
 
 def test_clones_have_disks_and_memory_of_their_own(kit: Kit, vms: Path) -> None:
     with Pool(kit, vms, minimum=2) as pool, contextlib.ExitStack() as stack:
-        one, other = (stack.enter_context(clone) for clone in pool.take_many(2))
+        one, other = (stack.enter_context(clone) for clone in take(pool, 2))
         assert one.id != other.id
         (one.directory / "scratch.img").write_bytes(b"one")
         assert (other.directory / "scratch.img").read_bytes().startswith(b"scratch.img")
-        pools.resume_all([one, other])
+        one.resume()
+        other.resume()
         with Guest(one.directory) as guest:
             guest.fill(FIRST, PAGES, seed=2)
         with Guest(other.directory) as guest:
@@ -99,11 +114,12 @@ def test_clones_have_disks_and_memory_of_their_own(kit: Kit, vms: Path) -> None:
 def test_many_at_once_even_more_than_are_ready(kit: Kit, vms: Path) -> None:
     with Pool(kit, vms, minimum=2, maximum=4) as pool, contextlib.ExitStack() as stack:
         pool.fill()
-        clones = pool.take_many(20)
+        clones = take(pool, 20)
         for clone in clones:
             stack.enter_context(clone)
         assert pool.status().late == 18
-        pools.resume_all(clones)
+        for clone in clones:
+            clone.resume()
         guests = [stack.enter_context(Guest(clone.directory)) for clone in clones]
         for number, guest in enumerate(guests):
             guest.send(baremetal.ECHO, argument=number)
@@ -114,7 +130,7 @@ def test_pool_adapts_to_what_is_asked_of_it(kit: Kit, vms: Path, monkeypatch: py
     monkeypatch.setattr(pools, "MEMORY", 1.0)
     with Pool(kit, vms, minimum=1, maximum=3) as pool:
         pool.fill()
-        for clone in pool.take_many(5):
+        for clone in take(pool, 5):
             clone.close()
         wait_for(pool, lambda: pool.status().target == 3 and pool.status().ready == 3)
         wait_for(pool, lambda: pool.status().target == 1 and pool.status().ready == 1)
@@ -167,7 +183,7 @@ def test_each_clone_is_in_a_namespace_of_its_own(kit: Kit, vms: Path) -> None:
         return attach.create(spec.parse("none"), clone_id, directory)
 
     with Pool(structs.replace(kit, network=network), vms, minimum=2) as pool:
-        clones = pool.take_many(2)
+        clones = take(pool, 2)
         try:
             spaces = {os.readlink(f"/proc/{clone.firecracker.pid}/ns/net") for clone in clones}
             assert len(spaces | {os.readlink("/proc/self/ns/net")}) == 3
@@ -185,7 +201,7 @@ def test_network_that_cannot_be_had_is_told_to_who_asks(kit: Kit, vms: Path) -> 
         with pytest.raises(NetworkError, match="no network today"):
             pool.take()
         with pytest.raises(NetworkError, match="no network today"):
-            pool.take_many(3)
+            take(pool, 3)
         assert list(pool.directory.iterdir()) == []
 
 
@@ -204,10 +220,11 @@ def test_uffd_backend_with_one_memory_server_for_all(kit: Kit, vms: Path, tmp_pa
     with MemoryServer(kit.snapshot.memory, tmp_path / "s") as server:
         served = structs.replace(kit, backend="uffd", memory_socket=server.socket)
         with Pool(served, vms, minimum=3) as pool, contextlib.ExitStack() as stack:
-            clones = pool.take_many(3)
+            clones = take(pool, 3)
             for clone in clones:
                 stack.enter_context(clone)
-            pools.resume_all(clones)
+            for clone in clones:
+                clone.resume()
             for clone in clones:
                 with Guest(clone.directory) as guest:
                     assert guest.wrong(FIRST, PAGES, seed=1) == 0
@@ -290,8 +307,9 @@ def test_two_hundred_clones_leave_nothing_behind(kit: Kit, vms: Path) -> None:
         pool.fill()
         before = held()
         for _ in range(50):
-            clones = pool.take_many(4)
-            pools.resume_all(clones)
+            clones = take(pool, 4)
+            for clone in clones:
+                clone.resume()
             for clone in clones:
                 clone.close()
         assert pool.status().taken == 200

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -148,16 +148,6 @@ class Loaded:
         self.close()
 
 
-def resume_all(clones: Sequence[Loaded]) -> None:
-    """Let many run: all are told before the first answer is waited for."""
-    for clone in clones:
-        restore.send_resume(clone.firecracker.api)
-    for clone in clones:
-        restore.receive_resume(clone.firecracker.api)
-    for clone in clones:
-        clone.on_resumed()
-
-
 class Status(Struct):
     """A pool at a moment: clones ``ready``, how many it wants to have, and how many were taken (``late``: waited for)."""
 
@@ -195,42 +185,28 @@ class Pool:
     # ---- for everyone
 
     def take(self) -> Loaded:
-        """A clone, at once if one is ready; raises SnapshotError when none can be made."""
-        return self.take_many(1)[0]
-
-    def take_many(self, count: int) -> list[Loaded]:
-        """So many clones, all or none; those that are not ready are made.
+        """A clone, at once if one is ready, else as soon as one is made.
 
         Raises:
-            SnapshotError (or what else stands in the way): they cannot be made.
+            SnapshotError (or what else stands in the way): none can be made.
         """
-        got: list[Loaded] = []
         deadline = time.monotonic() + PATIENCE
-        try:
-            with self._changed:
-                self._error = None
-                self._waiting += count
-                self._totals[1] += max(0, count - len(self._ready))
-                try:
-                    while len(got) < count:
-                        if self._ready:
-                            clone = self._ready.popleft()
-                            if clone.firecracker.ended():  # killed by someone while it waited
-                                clone.close()
-                                continue
-                            got.append(clone)
-                            self._waiting -= 1
+        with self._changed:
+            self._error = None
+            self._waiting += 1
+            self._totals[1] += self._waiting > len(self._ready)
+            try:
+                while True:
+                    while self._ready:
+                        clone = self._ready.popleft()
+                        if not clone.firecracker.ended():
                             self._taken.append(time.monotonic())
                             self._totals[0] += 1
-                            continue
-                        self._await(deadline)
-                finally:
-                    self._waiting -= count - len(got)
-        except BaseException:
-            for clone in got:
-                clone.close()
-            raise
-        return got
+                            return clone
+                        clone.close()  # it was killed by someone while it waited
+                    self._await(deadline)
+            finally:
+                self._waiting -= 1
 
     def make(self, network: NetworkFactory) -> Loaded:
         """A clone with another network than the kit's, loaded now; raises what stands in the way."""

@@ -134,21 +134,11 @@ def receive_load(vmm: Firecracker, snapshot: Snapshot) -> None:
 
 
 def resume(api: Api) -> None:
-    """Let a loaded VM run."""
-    send_resume(api)
-    receive_resume(api)
-
-
-def send_resume(api: Api) -> None:
-    """Only send; raises FirecrackerError when the VMM has died."""
+    """Let a loaded VM run; raises FirecrackerError when the VMM has died."""
     try:
         api.socket.sendall(RESUME)
     except OSError as error:
         raise FirecrackerError(f"Firecracker does not answer PATCH /vm: {error}.") from error
-
-
-def receive_resume(api: Api) -> None:
-    """Wait for the resume that was sent."""
     api.receive("PATCH /vm")
 
 
