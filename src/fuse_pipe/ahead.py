@@ -44,7 +44,7 @@ def of_opened(volume: Volume, worker: Worker, message: memoryview, reply: bytes)
     """What a small file holds, if the kernel has nothing of it."""
     number, flags, _ = m.OPEN_OUT.unpack_from(reply, m.OUT_HEADER.size)
     handle = volume.handles.get(number)
-    if flags & m.FOPEN_KEEP_CACHE or handle is None or handle.flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
+    if flags & (m.FOPEN_KEEP_CACHE | m.FOPEN_DIRECT_IO) or handle is None or handle.flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
         return []
     kept = fcntl.fcntl(handle.fd.n, fcntl.F_GETFL)
     fcntl.fcntl(handle.fd.n, fcntl.F_SETFL, kept | os.O_NOATIME)  # not read yet; EPERM for others' files

@@ -40,6 +40,8 @@ def _open(volume: Volume, worker: Worker, node: Node, flags: int, extra: int) ->
     fd = volume.reopen(path, wanted)
     number = volume.add_handle(node, fd, flags)
     node.fd = path  # pinned as long as it is open
+    if volume.table.of_kernel(node):
+        return number, m.FOPEN_DIRECT_IO
     return number, m.FOPEN_KEEP_CACHE if volume.fresh(node, os.fstat(fd.n)) else 0
 
 

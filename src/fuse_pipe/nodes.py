@@ -23,6 +23,10 @@ TICK_NS = 10_000_000  # at most: files are stamped with the time of the last tim
 
 # Of these, Linux since 6.13 stamps what was looked at since its last change with the exact time (FS_MGTIME).
 _MULTIGRAIN = ("btrfs", "ext4", "tmpfs", "xfs")
+# File systems that are changed by others than this kernel's programs, so that no event (inotify) tells of it: by other hosts,
+_REMOTE = ("fuse", "virtiofs", "nfs", "cifs", "smb", "9p", "ceph", "afs", "vboxsf", "lustre", "gfs2", "ocfs2")
+# or by the kernel itself. The size of such files is not that of what is read, and what is read is another thing each time.
+_OF_KERNEL = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "pstore", "efivarfs", "bpf")
 _LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 # Nodes that a kernel may hold references to; each takes some 400 bytes here.
@@ -119,7 +123,8 @@ class NodeTable:
         self.root.lookups = 1
         self.by_id = {ROOT_ID: self.root}
         self.by_key = {(info.st_dev, info.st_ino): self.root}
-        self._exact = info.st_dev if _LINUX >= (6, 13) and linux.file_system(root) in _MULTIGRAIN else None
+        self._systems = {info.st_dev: linux.file_system(root)}
+        self._exact = info.st_dev if _LINUX >= (6, 13) and self._systems[info.st_dev] in _MULTIGRAIN else None
         self.limit = limit or min(max(raise_descriptor_limit() // 2, 64), 65536)
         self.lock = threading.Lock()
         # Ids of different servers of one mount do not meet: a kernel that kept ids over a lost server gets ESTALE.
@@ -133,6 +138,22 @@ class NodeTable:
     def tick(self, info: os.stat_result) -> int:
         """How many ns the ctime of a file must lie back before "unchanged since" can be told by it."""
         return 0 if info.st_dev == self._exact else TICK_NS
+
+    def _system(self, node: Node) -> str:
+        """The name of the file system that the node is on; it is looked up once for each."""
+        name = self._systems.get(node.dev)
+        if name is None:
+            name = self._systems[node.dev] = linux.file_system(self.fd(node).n)
+        return name
+
+    def raises_events(self, node: Node) -> bool:
+        """Whether inotify sees every change of the node."""
+        system = self._system(node)
+        return not system.startswith(_REMOTE) and system not in _OF_KERNEL
+
+    def of_kernel(self, node: Node) -> bool:
+        """Whether the node's content is made by the host's kernel as it is read."""
+        return self._system(node) in _OF_KERNEL
 
     def get(self, nodeid: int) -> Node:
         """The node of this id; ESTALE when the kernel cannot mean any."""

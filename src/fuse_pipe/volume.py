@@ -91,7 +91,7 @@ class Volume:
         # Open files and O_PATH descriptors of nodes share what this process may open; some stay for connections and
         # locks.
         self.most_handles = raise_descriptor_limit() // 4
-        if watch and self.nodes is not None:
+        if watch and self.nodes is not None and self.nodes.raises_events(self.nodes.root):
             self.watcher = Watcher.start(self)
         if self.watcher is not None and self.nodes is not None and self.nodes.root.kind == stat.S_IFREG:
             self.watcher.add(self.nodes.root)  # a file has no directory here that is watched for it

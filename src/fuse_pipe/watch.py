@@ -72,7 +72,10 @@ class Watcher:
             os.close(fd)
 
     def add(self, directory: Node) -> None:
-        """Watch a directory (or the served file); its ``watch`` becomes -1 if that is not possible."""
+        """Watch a directory (or the served file); its ``watch`` becomes -1 if that is not possible, or of no use."""
+        if not self.volume.table.raises_events(directory):
+            directory.watch = -1
+            return
         fd = self.volume.table.fd(directory)
         mask = MASK | IN_ONLYDIR if directory.kind == stat.S_IFDIR else MASK
         try:

@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import stat
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from fuse_tree import as_user
 from fuse_pipe import linux
 
 O_TMPFILE = os.O_TMPFILE
+MS_BIND = 4096
 
 
 @pytest.fixture(scope="module")
@@ -771,6 +774,58 @@ def test_mounted_file_systems_below_are_seen() -> None:
                 assert error_of(os.rename, mounted.path / "f", mounted.path / "below" / "g") == "EXDEV"
         finally:
             linux.umount(str(base / "host" / "below"), linux.MNT_DETACH)  # the server may still be ending
+
+
+def test_what_raises_no_events_is_not_believed_for_long() -> None:
+    """A mount of FUSE below the directory, which somebody else changes."""
+    with fuse_support.scratch() as other, fuse_support.scratch() as base, fuse_support.mount(other) as remote:
+        below = base / "host" / "below"
+        below.mkdir(parents=True)
+        linux.mount(str(remote.path), str(below), "none", MS_BIND, "")
+        try:
+            with fuse_support.mount(base) as mounted:
+                names = [mounted.path / "below" / "new", mounted.path / "below" / "newer"]
+                assert not any(name.exists() for name in names)
+                (remote.host / "new").write_text("one")
+                eventually(names[0].exists)
+                assert names[0].read_text() == "one"
+                (remote.host / "new").write_text("second")
+                eventually(lambda: names[0].read_text() == "second")
+                (remote.host / "new").rename(remote.host / "newer")
+                eventually(lambda: os.listdir(mounted.path / "below") == ["newer"])
+                eventually(lambda: not names[0].exists())
+        finally:
+            linux.umount(str(below), linux.MNT_DETACH)
+
+
+def test_files_of_the_hosts_kernel() -> None:
+    """They have no size, or a wrong one, and hold something else each time; also more than is sent ahead at once."""
+    with fuse_support.scratch() as base:
+        (base / "host" / "sys").mkdir(parents=True)
+        (base / "host" / "proc").mkdir()
+        linux.mount("/sys", str(base / "host" / "sys"), "none", MS_BIND, "")
+        linux.mount("/proc", str(base / "host" / "proc"), "none", MS_BIND, "")
+        try:
+            with fuse_support.mount(base) as mounted:
+                proc, system = mounted.path / "proc", mounted.path / "sys"
+                assert (proc / "version").read_bytes() == Path("/proc/version").read_bytes()
+                assert (proc / "kallsyms").read_bytes() == Path("/proc/kallsyms").read_bytes()
+                uptime = (proc / "uptime").read_text()
+                eventually(lambda: (proc / "uptime").read_text() != uptime)
+                sent = system / "class" / "net" / "lo" / "statistics" / "tx_packets"
+                with sent.open() as file, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                    before = int(file.read())
+                    sock.sendto(b"x", ("127.0.0.1", 9))
+                    file.seek(0)
+                    assert int(file.read()) > before
+                child = subprocess.Popen(["sleep", "60"])
+                assert (proc / str(child.pid) / "comm").read_text() == "sleep\n"
+                child.kill()
+                child.wait()
+                eventually(lambda: not (proc / str(child.pid)).exists())
+        finally:
+            linux.umount(str(base / "host" / "proc"), linux.MNT_DETACH)
+            linux.umount(str(base / "host" / "sys"), linux.MNT_DETACH)
 
 
 def test_symlinks_are_not_followed_on_the_host(shared: Mount, here: Path) -> None:

@@ -22,7 +22,6 @@ import pytest
 from fuse_support import error_of, is_mounted, wait_for
 
 from fcvm.volumes import service
-from fcvm.volumes.server import watchable
 from fcvm.volumes.service import JOURNALS, LOG, Volumes
 from fcvm.volumes.spec import Volume
 from fuse_pipe import linux
@@ -273,10 +272,3 @@ def test_without_volumes_there_is_no_process(tmp_path: Path) -> None:
         volumes.restart()
         assert volumes.save() == []
         assert list(tmp_path.iterdir()) == []
-
-
-def test_what_raises_no_events_is_not_watched(base: Path) -> None:
-    assert watchable(str(base))
-    assert watchable(str(base / "missing"))
-    with Owner(base / "vm", f"{base}/host:/a"), mounted(base / "vm/vsock.sock_5000", base / "mount") as point:
-        assert not watchable(str(point))

@@ -23,9 +23,6 @@ from fuse_pipe.server import Server
 
 log = logging.getLogger("fuse_pipe")
 
-# File systems that are changed by others than this kernel, which then knows of no event.
-REMOTE = ("fuse", "virtiofs", "nfs", "cifs", "smb", "9p", "ceph", "afs", "vboxsf", "lustre", "gfs2", "ocfs2")
-
 
 def main() -> None:
     """Serve until the owner hangs up. Never returns."""
@@ -49,7 +46,6 @@ def start(volume: dict[str, Any], state: dict[str, Any] | None) -> Server:
         "read_only": volume["read_only"],
         "owner": tuple(volume["owner"]),
         "journals": volume["journals"],
-        "watch": watchable(volume["root"]),
     }
     try:
         server = Server(volume["root"], state=state, **options)
@@ -59,24 +55,6 @@ def start(volume: dict[str, Any], state: dict[str, Any] | None) -> Server:
     listener = socket.socket(fileno=volume["listener"])
     threading.Thread(target=server.accept, args=(listener,), name="volume", daemon=True).start()
     return server
-
-
-def watchable(path: str) -> bool:
-    """Whether inotify sees every change below ``path``: not on a network file system, nor on the machine's ``/host``."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        return True  # it is gone
-    try:
-        fdinfo = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    finally:
-        os.close(fd)
-    mount = next(line.split()[1] for line in fdinfo.splitlines() if line.startswith("mnt_id:"))
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():  # proc(5)
-        words = line.split()
-        if words[0] == mount:
-            return not words[words.index("-") + 1].startswith(REMOTE)
-    return True
 
 
 def _states(path: str | None, count: int) -> list[dict[str, Any] | None]:
