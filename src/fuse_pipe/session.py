@@ -209,6 +209,8 @@ class Session:
             return (_OUT(_OUT_SIZE, -errno.EPROTO, unique),)
         worker.unique, worker.nodeid, worker.uid, worker.gid, worker.pid = unique, nodeid, uid, gid, pid
         worker.quiet = marks != 0
+        if worker.acts:  # for the caller of an earlier request
+            worker.be_root()
         try:
             payload = (operation or OPERATIONS[opcode])(self.volume, worker, *fields)
         except OSError as error:

@@ -1,7 +1,7 @@
 """What belongs to one serving thread: the caller that it acts for, its umask, and the request at hand.
 
 As root, files that a request makes belong to the caller, so the thread takes the caller's file system user and group
-(setfsuid, setfsgid: per thread) and keeps its capabilities. Whether the caller *may* is decided by the kernel on the
+(setfsuid, setfsgid: per thread) and keeps its capabilities; everything else is done as root. Whether the caller *may* is decided by the kernel on the
 other side, which alone knows the caller's groups; it does so by the attributes and ACLs of the files (the mount option
 ``default_permissions``). CAP_FSETID goes when that kernel asks for set-user-ID bits to be cleared. Without root, all
 requests act as the serving user.
@@ -24,6 +24,7 @@ class Worker:
         "_groups",
         "_uid",
         "_umask",
+        "acts",
         "gid",
         "groups",
         "nodeid",
@@ -46,6 +47,7 @@ class Worker:
         self.unique = self.nodeid = self.uid = self.gid = self.pid = 0
         self.groups: tuple[int, ...] = ()
         self.quiet = False  # the request at hand was answered already
+        self.acts = False  # for a caller that is not root
 
     def become_caller(self, umask: int, mode: int = 0) -> None:
         """Files made from now on belong to the caller and get its ``umask`` (where no default ACL replaces it)."""
@@ -55,15 +57,23 @@ class Worker:
             os.umask(umask & 0o777)
             self._umask = umask
         if self.root:
-            if self.groups != self._groups:
-                linux.setgroups(self.groups)
-                self._groups = self.groups
-            if self.gid != self._gid:
-                linux.setfsgid(self.gid)
-                self._gid = self.gid
-            if self.uid != self._uid:
-                linux.setfsuid(self.uid)
-                self._uid = self.uid
+            self._be(self.uid, self.gid, self.groups)
+
+    def be_root(self) -> None:
+        """Act for no caller any more."""
+        self._be(0, 0, ())
+
+    def _be(self, uid: int, gid: int, groups: tuple[int, ...]) -> None:
+        self.acts = uid != 0 or gid != 0 or groups != ()
+        if groups != self._groups:
+            linux.setgroups(groups)
+            self._groups = groups
+        if gid != self._gid:
+            linux.setfsgid(gid)
+            self._gid = gid
+        if uid != self._uid:
+            linux.setfsuid(uid)
+            self._uid = uid
 
     def keep_setid(self, keep: bool) -> None:
         """Whether writing and truncating leaves set-user-ID and set-group-ID bits (only CAP_FSETID does)."""

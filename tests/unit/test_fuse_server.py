@@ -48,6 +48,26 @@ def test_create_write_read_and_names(tmp_path: Path) -> None:
         assert c.call(m.READLINK, c.lookup(b"l").nodeid)[1] == b"../target"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root acts for others")
+def test_only_what_makes_files_is_done_as_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acting: list[str] = []
+
+    def acting_ids() -> None:
+        status = Path(f"/proc/self/task/{threading.get_native_id()}/status").read_text().splitlines()
+        acting.extend(line.split()[-1] for line in status if line.startswith(("Uid:", "Gid:")))
+
+    tmp_path.chmod(0o777)
+    chmod = os.chmod
+    monkeypatch.setattr(os, "chmod", lambda *args: (acting_ids(), chmod(*args)))
+    with client(tmp_path) as c:
+        node, _ = c.create(b"f", caller=(1000, 100, 5))
+        assert ((tmp_path / "f").stat().st_uid, (tmp_path / "f").stat().st_gid) == (1000, 100)
+        c.call(m.SETATTR, node, valid=m.FATTR_MODE, mode=0o600, caller=(0, 0, 6))
+        assert acting == ["0", "0"]
+        c.call(m.MKDIR, m.ROOT_ID, b"d", mode=0o755, caller=(1000, 100, 5))
+        assert (tmp_path / "d").stat().st_uid == 1000
+
+
 def test_init_agrees_on_what_both_can(tmp_path: Path) -> None:
     with client(tmp_path) as c:
         answer = c.init()
