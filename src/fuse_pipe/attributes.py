@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import stat
+import struct
+from collections.abc import Callable
 
 from fuse_pipe import linux
 from fuse_pipe import messages as m
@@ -11,7 +13,9 @@ from fuse_pipe.nodes import Node, state_of
 from fuse_pipe.volume import Volume
 from fuse_pipe.worker import Worker
 
-ACL_ACCESS = b"system.posix_acl_access"
+ACL_ACCESS, ACL_DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
+_ACL_VERSION, _ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")  # tag, permissions, id (linux/posix_acl_xattr.h)
+_ACL_USER, _ACL_GROUP = 2, 8  # the tags of entries that have an id
 
 
 def attributes_out(volume: Volume, node: Node, info: os.stat_result) -> bytes:
@@ -144,6 +148,8 @@ def setxattr(
     volume: Volume, worker: Worker, _size: int, flags: int, extra: int, _: int, name: bytes, value: bytes
 ) -> bytes:  # fmt: skip
     volume.writable()
+    if volume.owner is not None:
+        value = _acl(name, value, volume.host_ids)
     keep, path = _path(volume, worker)
     os.setxattr(path, name, value, flags & 3)
     if name == ACL_ACCESS and extra & m.SETXATTR_ACL_KILL_SGID:
@@ -158,7 +164,24 @@ def getxattr(volume: Volume, worker: Worker, size: int, _: int, name: bytes) -> 
     keep, path = _path(volume, worker)
     value = os.getxattr(path, name)
     del keep
+    if volume.owner is not None:
+        value = _acl(name, value, volume.show_ids)
     return _sized(value, size)
+
+
+def _acl(name: bytes, value: bytes, translate: Callable[[int, int], tuple[int, int]]) -> bytes:
+    """An extended attribute; in an ACL, with the ids of the other side."""
+    start, size = _ACL_VERSION.size, _ACL_ENTRY.size
+    if name not in (ACL_ACCESS, ACL_DEFAULT) or len(value) < start or (len(value) - start) % size:
+        return value
+    entries = [value[:start]]
+    for tag, permissions, id in _ACL_ENTRY.iter_unpack(value[start:]):
+        if tag == _ACL_USER:
+            id = translate(id, -1)[0]
+        elif tag == _ACL_GROUP:
+            id = translate(-1, id)[1]
+        entries.append(_ACL_ENTRY.pack(tag, permissions, id))
+    return b"".join(entries)
 
 
 def listxattr(volume: Volume, worker: Worker, size: int, _: int) -> bytes:

@@ -898,6 +898,15 @@ def test_served_by_an_ordinary_user() -> None:
             assert error_of(lambda: (path / "of-root").read_text()) == "EACCES"
             assert error_of(os.chown, path / "d", 0, 0) == "EPERM"
             os.chown(path / "d", 1000, 1000)
+            for name, number, on_host_as, refused in (
+                ("system.posix_acl_access", 1000, 65533, 1234),
+                ("system.posix_acl_default", 1000, 65533, 65533),
+            ):
+                given = [acl((1, 7, -1), (2, 6, n), (4, 4, -1), (16, 6, -1), (32, 4, -1)) for n in (number, on_host_as, refused)]
+                assert error_of(os.setxattr, path / "d", name, given[2]) == "EPERM"  # as giving away is
+                os.setxattr(path / "d", name, given[0])
+                assert os.getxattr(mounted.host / "d", name) == given[1]
+                assert os.getxattr(path / "d", name) == given[0]
             assert error_of(os.mknod, path / "device", stat.S_IFCHR, os.makedev(1, 3)) == "EPERM"
             with (path / "d" / "f").open("r+") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX)
