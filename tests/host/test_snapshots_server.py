@@ -241,6 +241,16 @@ def test_reader_that_goes_away_ends_the_clone(layout: Layout) -> None:
         wait_until(layout, [])
 
 
+def test_clone_whose_output_nobody_reads_ends_as_by_sigpipe(layout: Layout) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "fcvm", "snapshot", "run", "--pid"]
+    with serving(layout) as server, open(write, "wb") as nobody:
+        done = subprocess.run([*words, str(server.pid)], stdout=nobody, env=environment(layout), timeout=120, check=False)
+        assert done.returncode == 141, "as a run of its own"
+        wait_until(layout, [])
+
+
 def test_fleet_in_one_call(layout: Layout) -> None:
     with serving(layout, maximum=4) as server:
         with client(layout, "--pid", server.pid, "--name", "web", "--count", 5) as process:

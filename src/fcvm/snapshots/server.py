@@ -277,18 +277,29 @@ class CloneServer:
 
             supervisor = ClientSupervisor(spec, self.config, start, client, on_started=started)
             client.supervisor = supervisor
-            streams = threading.Thread(target=self._carry, args=(supervisor,), name="streams")
+            unread = threading.Event()
+
+            def carry() -> None:
+                try:
+                    supervisor.carry_streams()
+                except BrokenPipeError:  # the client does not read any more: as with `podman run`, that ends the VM
+                    if not self.stopping:  # and it is not us who have dismissed it
+                        unread.set()
+                    supervisor.ask({"op": "kill"})
+
+            streams = threading.Thread(target=carry, name="streams")
             listener = threading.Thread(target=client.listen, name="requests")
             streams.start()
             listener.start()
             try:
                 if self.stopping:
                     supervisor.ask({"op": "kill"})
-                return supervisor.run()
+                code = supervisor.run()
             finally:
                 client.dismiss()
                 streams.join()
                 listener.join()
+            return 141 if unread.is_set() else code
 
     @contextlib.contextmanager
     def _start(self, spec: RunSpec) -> Iterator[Pooled]:
@@ -297,13 +308,6 @@ class CloneServer:
         ready = spec.network == self.mode
         with self.pool.take() if ready else self.pool.make(_network(spec)) as clone:
             yield Pooled(clone, self.settings.tag)
-
-    @staticmethod
-    def _carry(supervisor: ClientSupervisor) -> None:
-        try:
-            supervisor.carry_streams()
-        except BrokenPipeError:  # the client does not read any more: as with `podman run`, that ends the VM
-            supervisor.ask({"op": "kill"})
 
     def _end_clients(self) -> None:
         """End the clones of all clients, and wait for that."""
