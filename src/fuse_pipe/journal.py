@@ -1,9 +1,9 @@
-"""What a server would lose if it were killed, written down before each answer goes out.
+"""What a server would lose if it were killed, written down after each request and before its answer goes out.
 
 One file for each mount: ``marshal`` records, appended. A server that starts with the same directory of journals goes on
 where the killed one was: the nodes, open files and locks that the kernel knows, and the answers to requests that
 changed something, so that such a request that is sent again is not done again. Only a request that the kill itself
-interrupted may be done twice.
+interrupted, one of each thread, may be done twice.
 
 The file is rewritten from a full state when it has grown to twice of that; it is read by the same version of Python that wrote it.
 """
@@ -14,7 +14,7 @@ import logging
 import marshal
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -43,9 +43,16 @@ class Journal:
         self._size = 0
         self._most = REWRITE  # bytes that it may have
         self._next = 0.0  # when it may be rewritten again
+        self._answers: deque[Record] = deque(maxlen=ANSWERS)  # the last ones: the other side may not have them yet
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.add = self.records.append
+
+    def answer(self, unique: int, answer: bytes) -> None:
+        """Note that a request was done, and what to say if it is sent again."""
+        record = ("answer", unique, answer)
+        self._answers.append(record)
+        self.add(record)
 
     def flush(self) -> None:
         """Write what was added. It is in the kernel then, where the end of this process does not touch it."""
@@ -73,7 +80,7 @@ class Journal:
         return True
 
     def rewrite(self, state: dict[str, Any]) -> None:
-        """Begin anew from a full state; nothing may be added meanwhile.
+        """Begin anew from a full state and the last answers; nothing may be added meanwhile.
 
         Raises:
             OSError: it cannot be written; the journal is what it was.
@@ -82,7 +89,7 @@ class Journal:
             new = self.path.with_suffix(".new")
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
-                data = marshal.dumps(("state", state))
+                data = b"".join(map(marshal.dumps, [("state", state), *self._answers]))
                 _write(fd, data)
                 os.rename(new, self.path)
             except OSError:

@@ -163,6 +163,8 @@ CHANGES = frozenset(
         m.COPY_FILE_RANGE,
         m.TMPFILE,
         m.COPY_FILE_RANGE_64,
+        m.FORGET,
+        m.BATCH_FORGET,
     )
 )
 

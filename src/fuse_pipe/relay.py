@@ -50,6 +50,9 @@ _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
 _HEAD = struct.Struct("<IIQQ")
 _ERRNO, _NODE = struct.Struct("<i"), struct.Struct("<Q")  # of FAILED; of every notification that is sent
 _UNANSWERED = frozenset(opcode for opcode, request in m.REQUESTS.items() if not request.replies)
+# What a server must get though nobody waits for an answer: else it writes nothing, or keeps files and locks for ever.
+_QUIET_DUE = frozenset((m.WRITE, m.RELEASE, m.RELEASEDIR))
+_FORGETS = frozenset((m.FORGET, m.BATCH_FORGET))
 
 
 class Relay:
@@ -287,7 +290,7 @@ class Relay:
 
     def _is_unanswered(self, message: bytes | bytearray | memoryview) -> bool:
         _, opcode, unique, _ = _HEAD.unpack_from(message)
-        return unique in self.pending or (opcode == m.WRITE and message[QUIET_AT] != 0)
+        return unique in self.pending or opcode in _FORGETS or (opcode in _QUIET_DUE and message[QUIET_AT] != 0)
 
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:
         reader = Reader(sock, m.OUT_HEADER.size, m.MAX_REQUEST)

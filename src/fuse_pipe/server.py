@@ -40,6 +40,7 @@ log = logging.getLogger("fuse_pipe")
 CONNECTIONS = 256  # at a time
 SESSIONS = 8  # mounts at a time; the oldest without a connection gives way
 BATCH = 64  # answers that are sent together
+UNSAID = 512  # messages taken in before the relay is told; fewer than the answers that a journal keeps
 KEPT_SHARE = 256 * 1024  # bytes that a channel may keep for a relay without a look at what all of them keep
 
 
@@ -212,6 +213,7 @@ class Server:
             if channel.kept > KEPT_SHARE:
                 self._bound()
             replies: list[Buffers] = []
+            most = channel.received + UNSAID
             try:
                 with session.gate:
                     try:
@@ -219,6 +221,8 @@ class Server:
                             handle(channel, worker, message, replies)
                             if replies and (len(replies) >= BATCH or len(replies[-1][-1]) > LARGE):
                                 break  # requests are small: all that have come may ask for more than there is memory
+                            if channel.received >= most:
+                                break
                     finally:
                         if (journal := session.volume.journal) is not None:
                             journal.flush()

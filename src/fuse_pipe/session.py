@@ -137,7 +137,7 @@ class Session:
         channel.count(length)
         if self.answers and unique in self.answers:  # done by a server before this one
             answer = self.answers.pop(unique)
-            if not message[QUIET_AT]:
+            if answer and not message[QUIET_AT]:
                 replies.append((answer,))
             return
         if opcode in SLOW and not (opcode == m.SETLKW and self._lock_now(worker, message, unique, replies)):
@@ -188,7 +188,7 @@ class Session:
     def execute(
         self, worker: Worker, message: memoryview, operation: Callable[..., Any] | None = None
     ) -> Buffers | None:
-        """Do one request in this thread; its reply as buffers, or None for what has no reply."""
+        """Do one request in this thread and note it; its reply as buffers, or None for what has no reply."""
         length, opcode, unique, nodeid, uid, gid, pid, extension, marks = _IN(message)
         decode = self.volume.decoders.get(opcode)
         if decode is None:
@@ -223,17 +223,21 @@ class Session:
             return (_OUT(_OUT_SIZE, -errno.EIO, unique),) if m.REQUESTS[opcode].replies else None
         if opcode == m.DESTROY:
             self.ended = True
+        reply: Buffers | None
         if payload is None:
-            return None
-        if type(payload) is bytes:
-            size = len(payload)
-            if size < 4096:
-                reply = _OUT(_OUT_SIZE + size, 0, unique) + payload
-                if opcode in CHANGES and self.volume.journal is not None:
-                    self.volume.journal.add(("answer", unique, reply))
-                return (reply,)
-            return _OUT(_OUT_SIZE + size, 0, unique), payload
-        return (_OUT(_OUT_SIZE + sum(map(len, payload)), 0, unique) + b"".join(payload),)
+            reply = None
+        elif type(payload) is not bytes:
+            reply = (_OUT(_OUT_SIZE + sum(map(len, payload)), 0, unique) + b"".join(payload),)
+        elif (size := len(payload)) < 4096:
+            reply = (_OUT(_OUT_SIZE + size, 0, unique) + payload,)
+        else:
+            reply = _OUT(_OUT_SIZE + size, 0, unique), payload
+        journal = self.volume.journal
+        if journal is not None:
+            if opcode in CHANGES:
+                journal.answer(unique, bytes(reply[0]) if reply is not None else b"")
+            journal.flush()
+        return reply
 
     # ---- requests that take long
 
@@ -292,8 +296,6 @@ class Session:
         except ProtocolError as error:
             log.debug("%s", error)
             reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
-        if self.volume.journal is not None:
-            self.volume.journal.flush()
         with self.lock:
             self.answering.add(unique)
             wanted = unique in self.slow

@@ -70,7 +70,13 @@ def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
                 ]
                 for c in session.channels.values()
             ]
-        state = {"name": session.name, "channels": channels, "waiting": waiting, "volume": _save_volume(session.volume)}
+        state = {
+            "name": session.name,
+            "channels": channels,
+            "waiting": waiting,
+            "answers": [[unique, _text(answer)] for unique, answer in list(session.answers.items())],
+            "volume": _save_volume(session.volume),
+        }
         if journal and session.volume.journal is not None:
             session.volume.journal.rewrite(state)
         return state
@@ -150,7 +156,10 @@ def restore(server: "Server", state: dict[str, Any]) -> None:
                 channel.known, channel.received, channel.base = True, received, base
                 channel.unacked.extend((_bytes(message),) for message in unacked)
                 channel.kept = sum(len(message[0]) for message in channel.unacked)
-            session.answers.update((unique, _bytes(answer)) for unique, answer in saved.get("answers", ()))
+            for unique, answer in saved.get("answers", ()):
+                session.answers[unique] = _bytes(answer)
+                if session.volume.journal is not None:
+                    session.volume.journal.answer(unique, session.answers[unique])
             for number, message in saved["waiting"]:
                 _wait_again(session, session.channel(number), _bytes(message))
             if session.volume.watcher is not None:  # what changed while nobody looked

@@ -30,6 +30,7 @@ from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.records import set_range
 from fuse_pipe.server import Server, listening
+from fuse_pipe.state import rewrite_journal
 
 
 def test_create_write_read_and_names(tmp_path: Path) -> None:
@@ -527,6 +528,126 @@ def test_a_full_disk_costs_the_journal_and_no_request(tmp_path: Path, monkeypatc
     assert len(other.sessions["test"].volume.handles) == 3
     other.close()
     c.close()
+    server.close()
+
+
+def killed(server: Server, journals: Path, root: Path) -> Server:
+    """A server that starts as after SIGKILL of this one, at this moment."""
+    return Server(str(root), journals=str(shutil.copytree(journals, journals.with_name(f"{journals.name}+"))))
+
+
+def test_what_was_done_is_not_done_again_however_much_came_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the answers to quiet writes: thousands of them are read at once."""
+    root, journals, count, done = tmp_path / "root", tmp_path / "journals", 5000, 3000
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server, quiet=True)
+    c.init()
+    node, fh = c.create(b"log", flags=os.O_WRONLY | os.O_APPEND)
+    lines = [b"%07d\n" % n for n in range(count)]
+    append = {"fh": fh, "offset": 0, "size": 8, "flags": os.O_WRONLY | os.O_APPEND}
+    requests = [bytearray(m.encode_request(m.WRITE, 1000 + 2 * n, node, line, **append)) for n, line in enumerate(lines)]
+    for request in requests:
+        request[channel.QUIET_AT] = 1
+    others: list[Server] = []
+    pwritev = os.pwritev
+
+    def until_it_is_killed(*arguments: Any) -> int:
+        if (root / "log").stat().st_size == done * 8:
+            if not others:
+                others.append(killed(server, journals, root))
+            raise OSError(errno.EIO, "killed")
+        return pwritev(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", until_it_is_killed)
+        c.sock.sendall(b"".join(requests))
+        with pytest.raises(OSError, match="Bad file"):
+            c.call(m.FLUSH, node, fh=fh + 1)
+    told = max(ack for ack in c.acks if ack <= done + 2) - 2  # INIT and CREATE; the relay has forgotten these writes
+    c.close()
+    server.close()
+    (other,) = others
+    c = Client(other, quiet=True)
+    c.unique = 1000 + 2 * count
+    c.sock.sendall(b"".join(requests[told:]))
+    c.call(m.FLUSH, node, fh=fh)
+    assert (root / "log").read_bytes() == b"".join(lines)
+    c.close()
+    other.close()
+
+
+def test_answers_outlive_a_second_kill_and_a_new_journal(tmp_path: Path) -> None:
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    made = c.send(m.MKDIR, m.ROOT_ID, b"d", mode=0o755)
+    entry = c.receive()
+    rewrite_journal(server.sessions["test"])
+    once = killed(server, journals, root)
+    again = killed(once, Path(f"{journals}+"), root)
+    c.close()
+    c = Client(again)
+    c.unique = made - 2
+    assert c.send(m.MKDIR, m.ROOT_ID, b"d", mode=0o755) == made
+    assert c.receive() == entry
+    c.close()
+    for each in (server, once, again):
+        each.close()
+
+
+def test_what_was_forgotten_is_not_forgotten_again(tmp_path: Path) -> None:
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    (root / "f").touch()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node = c.lookup(b"f").nodeid
+    c.lookup(b"f")
+    forgets = [c.send(m.FORGET, node, nlookup=1)]
+    c.call(m.GETATTR)
+    other = killed(server, journals, root)
+    c.close()
+    c = Client(other)
+    c.unique = forgets[0] - 2
+    c.send(m.FORGET, node, nlookup=1)
+    assert c.call(m.GETATTR, node)[0][0].ino == (root / "f").stat().st_ino
+    c.send(m.FORGET, node, nlookup=1)
+    assert error_of(c.call, m.GETATTR, node) == "ESTALE"
+    c.close()
+    server.close()
+    other.close()
+
+
+def test_a_lock_is_noted_before_its_answer_goes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c, notifications = Client(server), Client(server, number=channel.NOTIFY)
+    c.init()
+    node, fh = c.create(b"f")
+    noted: list[object] = []
+    send = channel.Channel.send
+
+    def look(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        if self.number == channel.NOTIFY and messages:
+            replay = Replay()
+            replay.read(Path(shutil.copy(journals / "test.journal", tmp_path / "look")))
+            noted.append(replay.state("test")["volume"]["locks"])
+        send(self, messages)
+
+    monkeypatch.setattr(channel.Channel, "send", look)
+    c.send(m.SETLK, node, fh=fh, owner=5, start=0, end=9, type=fcntl.F_WRLCK, pid=33)
+    notifications.receive()
+    wait_for(lambda: noted, "the answer")
+    assert noted[0] == [[node, 5, 33, [(0, 9, fcntl.F_WRLCK)]]]
+    c.close()
+    notifications.close()
     server.close()
 
 
