@@ -14,8 +14,8 @@ the number of the first message that the relay still has, where a server without
 Channel -1 carries notifications to the relay, and answers that must not come before them; nothing back.
 
 Where both say ``"quiet": true``, requests may be marked QUIET, in the padding of their header: they get no answer, but for
-a message FAILED when a write fails (the node's id in place of ``unique``, then an errno). And just before an answer the
-server may send what will be asked next: ATTRIBUTES and CONTENT (the node's id in place of ``unique``, then the number of
+a message FAILED when a write fails (the node's id in place of ``unique``, then an errno in eight bytes and the number of
+the last handle that was opened before). And just before an answer the server may send what will be asked next: ATTRIBUTES and CONTENT (the node's id in place of ``unique``, then the number of
 notifications that it has sent, then a ``struct fuse_attr_out``, or a handle and all that the file holds). They are not
 counted.
 """

@@ -48,7 +48,7 @@ SPARE_BUFFERS = 4
 RETRY_FIRST, RETRY_MOST = 0.01, 1.0  # seconds between attempts to connect again
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.ENOTCONN)
 _HEAD = struct.Struct("<IIQQ")
-_ERRNO, _NODE = struct.Struct("<i"), struct.Struct("<Q")  # of FAILED; of every notification that is sent
+_FAILED, _NODE = struct.Struct("<i4xQ"), struct.Struct("<Q")  # of FAILED; of every notification that is sent
 _UNANSWERED = frozenset(opcode for opcode, request in m.REQUESTS.items() if not request.replies)
 # What a server must get though nobody waits for an answer: else it writes nothing, or keeps files and locks for ever.
 _QUIET_DUE = frozenset((m.WRITE, m.RELEASE, m.RELEASEDIR))
@@ -310,7 +310,7 @@ class Relay:
                     continue
                 channel.count(length)
                 if error == FAILED:
-                    shortcuts.failed(unique, *_ERRNO.unpack_from(message, m.OUT_HEADER.size))
+                    shortcuts.failed(unique, *_FAILED.unpack_from(message, m.OUT_HEADER.size))
                     continue
                 wanted_by = pending.pop(unique, fd)
                 answer: bytes | memoryview = message

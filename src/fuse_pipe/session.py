@@ -168,7 +168,8 @@ class Session:
         if not error or opcode != m.WRITE:
             return
         self._notify(m.notification(m.NOTIFY_INVAL_INODE, nodeid, 0, 0))  # the kernel has cached what was not written
-        channel.send(((_OUT(_OUT_SIZE + 8, FAILED, nodeid) + struct.pack("<ii", -error, 0),),))
+        failed = struct.pack("<i4xQ", -error, self.volume.next_handle)
+        channel.send(((_OUT(_OUT_SIZE + len(failed), FAILED, nodeid) + failed,),))
 
     def _ahead(self, worker: Worker, opcode: int, message: memoryview, reply: Buffers | None) -> Buffers | None:
         """Put what the kernel asks for next before an answer."""

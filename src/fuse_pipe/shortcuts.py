@@ -5,8 +5,8 @@
 - RELEASE: nobody waits for it. The server is told not to answer (``QUIET``).
 - WRITE, unless the file was opened with O_SYNC, O_DSYNC or O_DIRECT: it is answered at once and goes to the server as
   QUIET. Everything later goes the same way behind it, so whoever asks sees what was written; the host does when the
-  file is closed or synced, and mostly at once. An error is told by the next write, close or fsync, and writes wait for
-  the server's answer again for a while, so that who fills a disk learns it.
+  file is closed or synced, and mostly at once. An error is told once to everybody who had the file open then, by the
+  next write, close or fsync, and writes wait for the server's answer again for a while, so that who fills a disk learns it.
 - GETATTR of a directory in which names were just changed, and of a file just closed: the kernel asks next, always, so
   the server sends the attributes ahead of its answer (``ATTRIBUTES``). They are dropped when anything that passes here
   could change them, and when the server notifies of anything that it noticed after it sent them.
@@ -54,6 +54,7 @@ _READS = frozenset((m.READ, m.READDIR, m.READDIRPLUS))  # change the access time
 _ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64))
 _ANY = frozenset((m.RMDIR, m.RENAME, m.RENAME2))
 _WATCHED = frozenset((*_NAMES, m.FLUSH, m.FSYNC, m.OPEN))  # whose answers are looked at
+_SYNCS = frozenset((m.FLUSH, m.FSYNC))
 NOTED = frozenset((
     *_CHANGES, *_READS, *_WATCHED, m.GETATTR, m.GETXATTR, m.RELEASE, m.RELEASEDIR, m.FORGET, m.BATCH_FORGET,
 ))  # fmt: skip
@@ -69,6 +70,14 @@ class Known(NamedTuple):
     data: bytes
 
 
+class Failure(NamedTuple):
+    """A write of a file has failed that was answered already; for all handles up to ``newest`` but those ``told``."""
+
+    errno: int
+    newest: int
+    told: set[int]
+
+
 class Shortcuts:
     """What one mount's relay knows. ``request`` sees what goes up, the other methods what comes down."""
 
@@ -82,10 +91,11 @@ class Shortcuts:
         self.behind = behind
         self.quiet = False  # whether the server knows of QUIET; set with each connection
         self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
-        self.written: set[int] = set()  # nodes with writes that no FLUSH has followed yet
-        self.asked: dict[int, tuple[int, int, int]] = {}  # unique -> opcode, node, turn, of requests in _WATCHED
+        self.written: dict[int, int] = {}  # node -> the turn of the last write, until a FLUSH after it was answered
+        self._settled: dict[int, int] = {}  # node -> the turn of the last FLUSH that was answered
+        self.asked: dict[int, tuple[int, int, int, int]] = {}  # unique -> opcode, node, turn, handle; those in _WATCHED
         self._new: dict[int, float] = {}  # nodes made here, of whose capabilities nothing was set since -> when
-        self._failed: dict[int, int] = {}  # node -> errno of a write that was answered before it was done
+        self._failed: dict[int, Failure] = {}
         self._cautious = 0.0
         self._turns = itertools.count(1)
         self._changed: dict[int, int] = {}  # node -> the turn of the last request that may change its attributes
@@ -120,9 +130,9 @@ class Shortcuts:
         if opcode == m.WRITE:
             return self._write(channel, unique, nodeid, buffer)
         if opcode == m.FLUSH:
-            if nodeid not in self.locked and nodeid not in self.written:
-                return m.OUT_HEADER.pack(m.OUT_HEADER.size, 0, unique)
-            self.written.discard(nodeid)
+            if nodeid not in self.locked and self._is_settled(nodeid):
+                number = self._failure(nodeid, *_HANDLE.unpack_from(buffer, m.IN_HEADER.size)) if self._failed else 0
+                return m.OUT_HEADER.pack(m.OUT_HEADER.size, -number, unique)
         elif opcode == m.GETXATTR:
             made = self._new.get(nodeid)
             if made is not None and buffer[_NAME_AT:size] == _CAPABILITY:
@@ -143,18 +153,39 @@ class Shortcuts:
             for number in range(count):
                 self._forget(*_HANDLE.unpack_from(buffer, _FORGOTTEN_AT + number * m.FORGET_ONE.size))
         if opcode in _WATCHED:
-            self.asked[unique] = opcode, nodeid, next(self._turns)
+            (handle,) = _HANDLE.unpack_from(buffer, m.IN_HEADER.size) if opcode in _SYNCS else (0,)
+            self.asked[unique] = opcode, nodeid, next(self._turns), handle
         return None
 
     def _forget(self, nodeid: int) -> None:
         """The kernel has dropped a file: nobody has it open, so nobody has a lock."""
         self.locked.discard(nodeid)
-        self.written.discard(nodeid)
+        self.written.pop(nodeid, None)
+        self._settled.pop(nodeid, None)
+        self._failed.pop(nodeid, None)
+
+    def _is_settled(self, nodeid: int) -> bool:
+        """Whether a FLUSH was answered since the last write."""
+        written = self.written.get(nodeid)
+        if written is not None:
+            if self._settled.get(nodeid, 0) < written:
+                return False
+            self.written.pop(nodeid, None)
+            self._settled.pop(nodeid, None)
+        return True
+
+    def _failure(self, nodeid: int, handle: int) -> int:
+        """The errno that this open file is to be told now, if any."""
+        failure = self._failed.get(nodeid)
+        if failure is None or handle > failure.newest or handle in failure.told:
+            return 0
+        failure.told.add(handle)
+        return failure.errno
 
     def _write(self, channel: Channel, unique: int, nodeid: int, buffer: bytearray) -> bytes | None:
-        self.written.add(nodeid)
-        if self._failed and nodeid in self._failed:
-            return m.OUT_HEADER.pack(m.OUT_HEADER.size, -self._failed.pop(nodeid), unique)
+        self.written[nodeid] = next(self._turns)
+        if self._failed and (number := self._failure(nodeid, *_HANDLE.unpack_from(buffer, m.IN_HEADER.size))):
+            return m.OUT_HEADER.pack(m.OUT_HEADER.size, -number, unique)
         if not (self.quiet and self.behind) or channel.sock is None or channel.kept > BEHIND_MOST:
             return None
         offset, count, _, _, flags = _WRITE.unpack_from(buffer, _WRITE_AT)
@@ -206,24 +237,29 @@ class Shortcuts:
 
     # ---- down
 
-    def failed(self, nodeid: int, number: int) -> None:
-        """A write that was answered already has failed."""
+    def failed(self, nodeid: int, number: int, newest: int) -> None:
+        """A write that was answered already has failed; ``newest`` is the last handle that was opened before."""
         if len(self._failed) >= REMEMBERED:
             self._failed.clear()
-        self._failed[nodeid] = number
+        self._failed[nodeid] = Failure(number, newest, set())
         self._cautious = monotonic() + CAUTIOUS
 
     def reply(self, unique: int, error: int, message: memoryview, ahead: list[bytes]) -> bytes | memoryview:
         """See the answer to a request in ``asked``, and the ATTRIBUTES messages before it; what the kernel is to get."""
-        opcode, nodeid, turn = self.asked.pop(unique)
+        opcode, nodeid, turn, handle = self.asked.pop(unique)
         for came in ahead:
             self._know(turn, came)
         if opcode == m.CREATE and error == 0:
             if len(self._new) >= REMEMBERED:
                 self._new.clear()
             self._new[m.ENTRY_OUT.unpack_from(message, m.OUT_HEADER.size)[0]] = monotonic()
-        elif self._failed and opcode in (m.FLUSH, m.FSYNC) and nodeid in self._failed:
-            return m.OUT_HEADER.pack(m.OUT_HEADER.size, -self._failed.pop(nodeid), unique)
+        elif opcode in _SYNCS:
+            if opcode == m.FLUSH and nodeid in self.written:
+                if len(self._settled) >= REMEMBERED:
+                    self._settled.clear()
+                self._settled[nodeid] = turn
+            if self._failed and (number := self._failure(nodeid, handle)):
+                return m.OUT_HEADER.pack(m.OUT_HEADER.size, -number, unique)
         return message
 
     def _know(self, turn: int, came: bytes) -> None:

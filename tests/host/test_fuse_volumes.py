@@ -602,19 +602,36 @@ def test_a_synchronous_write_is_on_the_host_when_it_returns(shared: Mount, here:
     os.close(fd)
 
 
-def test_a_full_disk_is_told_of() -> None:
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A mount of a disk of 1 MiB."""
     with fuse_support.scratch() as base:
         (base / "host").mkdir()
         linux.mount("none", str(base / "host"), "tmpfs", 0, "size=1m")
         try:
             with fuse_support.mount(base) as mounted:
-                fill_up(mounted.path / "f")
-                (mounted.path / "f").unlink()
-                (mounted.path / "g").write_bytes(bytes(500_000))
-                fill_up(mounted.path / "h")
-                assert (mounted.path / "g").read_bytes() == bytes(500_000)
+                yield mounted.path
         finally:
             linux.umount(str(base / "host"), linux.MNT_DETACH)
+
+
+def test_a_full_disk_is_told_of(small: Path) -> None:
+    fill_up(small / "f")
+    (small / "f").unlink()
+    (small / "g").write_bytes(bytes(500_000))
+    fill_up(small / "h")
+    assert (small / "g").read_bytes() == bytes(500_000)
+
+
+def test_a_full_disk_is_told_to_the_writer_whoever_else_closes_the_file(small: Path) -> None:
+    writer = os.open(small / "f", os.O_WRONLY | os.O_CREAT)
+    reader = os.open(small / "f", os.O_RDONLY)
+    os.write(writer, bytes((1 << 20) + 4096))  # answered before it is done; the last of it fails
+    assert error_of(os.close, reader) == "ENOSPC"
+    assert error_of(os.fsync, writer) == "ENOSPC"
+    os.close(writer)
+    with (small / "f").open("r+b") as later:
+        os.fsync(later.fileno())
 
 
 def fill_up(path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -720,7 +721,7 @@ def test_quiet_requests_are_answered_only_when_a_write_fails(tmp_path: Path) -> 
         c.send(m.RELEASE, node, fh=fh + 1, quiet=True)
         c.call(m.FLUSH, node, fh=fh)  # comes after all of them
         assert (tmp_path / "f").read_bytes() == b"\0\0\0hello"
-        assert (channel.FAILED, node, errno.EBADF.to_bytes(4, "little") + bytes(4)) in c.ahead
+        assert (channel.FAILED, node, struct.pack("<i4xQ", errno.EBADF, fh)) in c.ahead
         c.send(m.RELEASE, node, fh=fh, quiet=True)
         with pytest.raises(OSError, match="Bad file descriptor"):
             c.call(m.READ, node, fh=fh, offset=0, size=1)

@@ -75,6 +75,8 @@ def test_flush_goes_to_the_server_only_after_a_write_or_lock(kernel: Kernel) -> 
     assert error_of(kernel.ask(m.FLUSH, FILE, fh=1)) == 0
     write(kernel)
     assert kernel.ask(m.FLUSH, FILE, fh=1) is None
+    assert kernel.ask(m.FLUSH, FILE, fh=2) is None  # nobody knows yet whether it is written
+    kernel.answered()
     assert error_of(kernel.ask(m.FLUSH, FILE, fh=1)) == 0
     kernel.ask(m.SETLK, FILE, fh=1, owner=1, start=0, end=1, type=1)
     assert kernel.ask(m.FLUSH, FILE, fh=1) is None
@@ -89,7 +91,7 @@ def test_what_the_kernel_forgets_is_forgotten(kernel: Kernel) -> None:
     assert kernel.ask(m.FORGET, FILE, nlookup=1) is None
     assert not kernel.quiet
     assert kernel.ask(m.BATCH_FORGET, 0, m.FORGET_ONE.encode(nodeid=OTHER, nlookup=1), m.FORGET_ONE.encode(nodeid=9, nlookup=2), count=2) is None
-    assert kernel.shortcuts.locked == kernel.shortcuts.written == {8}
+    assert kernel.shortcuts.locked == set(kernel.shortcuts.written) == {8}
 
 
 def test_release_is_answered_and_passed_on(kernel: Kernel) -> None:
@@ -137,7 +139,7 @@ def test_writes_wait_where_channels_could_overtake_one_another(kernel: Kernel) -
 
 def test_a_failed_write_fails_the_next_write_once(kernel: Kernel) -> None:
     write(kernel)
-    kernel.shortcuts.failed(FILE, errno.ENOSPC)
+    kernel.shortcuts.failed(FILE, errno.ENOSPC, 1)
     assert error_of(write(kernel)) == errno.ENOSPC
     assert not kernel.quiet
     assert write(kernel) is None  # and from now on writes wait
@@ -147,12 +149,36 @@ def test_a_failed_write_fails_the_next_write_once(kernel: Kernel) -> None:
 def test_a_failed_write_fails_close_and_fsync(kernel: Kernel, opcode: int) -> None:
     write(kernel)
     assert kernel.ask(opcode, FILE, fh=1) is None
-    kernel.shortcuts.failed(FILE, errno.EDQUOT)
+    kernel.shortcuts.failed(FILE, errno.EDQUOT, 1)
     assert error_of(kernel.answered()) == errno.EDQUOT
 
 
+def test_a_failed_write_is_told_once_to_each_who_had_the_file_open(kernel: Kernel) -> None:
+    """A reader that closes the file does not take the error away from the writer."""
+
+    def told(opcode: int, handle: int) -> int:
+        answer = kernel.ask(opcode, FILE, fh=handle)
+        return error_of(answer) if answer is not None else error_of(kernel.answered())
+
+    write(kernel)
+    kernel.shortcuts.failed(FILE, errno.ENOSPC, 3)
+    assert told(m.FLUSH, 2) == errno.ENOSPC
+    assert told(m.FSYNC, 1) == errno.ENOSPC
+    assert told(m.FLUSH, 1) == told(m.FSYNC, 1) == 0
+    assert told(m.FLUSH, 4) == 0  # opened later
+    assert told(m.FLUSH, 3) == errno.ENOSPC
+
+
+def test_a_write_beside_the_close_of_another_is_not_settled_by_it(kernel: Kernel) -> None:
+    write(kernel)
+    kernel.ask(m.FLUSH, FILE, fh=2)
+    write(kernel)
+    kernel.answered(unique=kernel.unique - 2)
+    assert kernel.ask(m.FLUSH, FILE, fh=1) is None
+
+
 def test_a_failed_write_is_no_matter_of_other_files(kernel: Kernel) -> None:
-    kernel.shortcuts.failed(FILE, errno.ENOSPC)
+    kernel.shortcuts.failed(FILE, errno.ENOSPC, 2)
     assert write(kernel, OTHER) is None
     assert kernel.ask(m.FSYNC, OTHER, fh=2) is None
     assert error_of(kernel.answered()) == 0
@@ -296,7 +322,10 @@ def test_what_is_remembered_is_bounded(kernel: Kernel, monkeypatch: pytest.Monke
         kernel.answered(attributes(node, 0o040755))
         kernel.ask(m.OPEN, node, flags=os.O_RDONLY)
         kernel.answered(content(node, node, b""))
-        kernel.shortcuts.failed(node, errno.EIO)
+        write(kernel, node)
+        kernel.ask(m.FLUSH, node, fh=1)
+        kernel.shortcuts.failed(node, errno.EIO, 1)
+        kernel.answered()
     assert not kernel.shortcuts.asked
-    for held in ("_attributes", "_contents", "_changed", "_failed"):
+    for held in ("_attributes", "_contents", "_changed", "_failed", "_settled"):
         assert len(getattr(kernel.shortcuts, held)) <= 8
