@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import threading
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from fuse_pipe import linux
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fuse_pipe.nodes import Fd
 
 END = (1 << 63) - 1  # the last byte of a lock "to the end of the file"
+RANGES = 65536  # that one mount may hold locks on
 
 Range = tuple[int, int, int]  # first byte, last byte, F_RDLCK or F_WRLCK
 State = tuple[int, int]  # of a file's data: ctime in ns, size
@@ -28,8 +30,11 @@ def set_range(held: list[Range], start: int, end: int, kind: int) -> list[Range]
 
     Sorted, without overlaps; neighbours of one kind are one range, as the kernel has it.
     """
+    touched = slice(
+        bisect_left(held, start, key=lambda one: one[1] + 1), bisect_right(held, end + 1, key=lambda one: one[0])
+    )
     result: list[Range] = []
-    for first, last, what in held:
+    for first, last, what in held[touched]:
         if first < start:
             result.append((first, min(last, start - 1), what))
         if last > end:
@@ -43,7 +48,7 @@ def set_range(held: list[Range], start: int, end: int, kind: int) -> list[Range]
             merged[-1] = (merged[-1][0], last, what)
         else:
             merged.append((first, last, what))
-    return merged
+    return [*held[: touched.start], *merged, *held[touched.stop :]]
 
 
 class Owner:
@@ -58,13 +63,15 @@ class Owner:
 
 
 class RecordLocks:
-    """The record locks of a mount: node id -> owner -> locks.
+    """The record locks of a mount: node id -> owner -> locks. ``most``: owners, each of which takes a descriptor.
 
     ``seen``: of every file that was locked, record locks or not, what it was like (``state``) when the kernel last had its
     data as it is, and when that was noted in ns. Opening a file does not count: what the kernel then drops it drops later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.owners = self.ranges = 0  # in ``nodes``
         self.nodes: dict[int, dict[int, Owner]] = {}
         self.seen: dict[int, tuple[State, int]] = {}
         self.lock = threading.Lock()
@@ -75,16 +82,31 @@ class RecordLocks:
         return self.nodes.get(node, {}).get(owner)
 
     def add(self, node: int, owner: int, fd: "Fd", pid: int) -> Owner:
-        """A new owner, that locks through ``fd``; the first of two that come at once wins."""
+        """A new owner, that locks through ``fd``; the first of two that come at once wins. ENOLCK: too many."""
         with self.lock:
-            return self.nodes.setdefault(node, {}).setdefault(owner, Owner(fd, pid))
+            owners = self.nodes.get(node, {})
+            if owner not in owners:
+                if self.owners >= self.most:
+                    raise OSError(errno.ENOLCK, "too many owners of locks")
+                self.owners += 1
+                owners[owner] = Owner(fd, pid)
+                self.nodes[node] = owners
+            return owners[owner]
 
     def set(self, node: int, number: int, owner: Owner, kind: int, start: int, end: int, wait: bool) -> None:
-        """Lock, change or unlock a range; EAGAIN if it conflicts and ``wait`` is not set, EINTR if a signal came."""
+        """Lock, change or unlock a range; EAGAIN if it conflicts and ``wait`` is not set, EINTR if a signal came, ENOLCK
+        if there are too many.
+        """
+        with self.lock:
+            if self.ranges >= RANGES and len(set_range(owner.held, start, min(end, END), kind)) > len(owner.held):
+                raise OSError(errno.ENOLCK, "too many locks")
         length = 0 if end >= END else end - start + 1
         linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLKW if wait else linux.F_OFD_SETLK, kind, start, length)
         with self.lock:
-            owner.held = set_range(owner.held, start, min(end, END), kind)
+            held = set_range(owner.held, start, min(end, END), kind)
+            if self.owner(node, number) is owner:
+                self.ranges += len(held) - len(owner.held)
+            owner.held = held
             if self.journal is not None:
                 self.journal.add(("lock", node, number, owner.pid, start, min(end, END), kind))
 
@@ -114,6 +136,8 @@ class RecordLocks:
             return
         with self.lock:
             gone = owners.pop(owner, None)
+            if gone is not None:
+                self._uncount(gone)
             if not owners:
                 self.nodes.pop(node, None)
             if self.journal is not None:
@@ -128,14 +152,21 @@ class RecordLocks:
     def forget(self, node: int) -> None:
         """The file is not known any more."""
         with self.lock:
-            self.nodes.pop(node, None)
+            for gone in self.nodes.pop(node, {}).values():
+                self._uncount(gone)
             self.seen.pop(node, None)
+
+    def _uncount(self, gone: Owner) -> None:
+        self.owners -= 1
+        self.ranges -= len(gone.held)
+        gone.held = []
 
     def close(self) -> None:
         """Give up everything."""
         with self.lock:
             self.nodes.clear()
             self.seen.clear()
+            self.owners = self.ranges = 0
 
 
 def lock_path(fd: "Fd", writable: bool) -> "Fd":

@@ -80,7 +80,6 @@ class Volume:
         self.minor = 0
         self.flags = 0
         self.decoders = m.decoders()
-        self.records = RecordLocks()
         self.watcher: Watcher | None = None
         self.journal: Journal | None = None
         self._proc = Fd(os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -91,6 +90,7 @@ class Volume:
         # Open files and O_PATH descriptors of nodes share what this process may open; some stay for connections and
         # locks.
         self.most_handles = raise_descriptor_limit() // 4
+        self.records = RecordLocks(self.most_handles // 2)
         if watch and self.nodes is not None and self.nodes.raises_events(self.nodes.root):
             self.watcher = Watcher.start(self)
         if self.watcher is not None and self.nodes is not None and self.nodes.root.kind == stat.S_IFREG:

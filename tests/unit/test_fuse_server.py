@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from fuse_pipe import channel
 from fuse_pipe import journal as journal_module
 from fuse_pipe import messages as m
+from fuse_pipe import records as records_module
 from fuse_pipe import server as server_module
 from fuse_pipe import session as session_module
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
@@ -708,6 +710,54 @@ def test_ranges_are_what_they_are_byte_by_byte(operations: list[tuple[int, int, 
         expanded = {n: kind for first, last, kind in held for n in range(first, last + 1)}
         assert expanded == {n: kind for n, kind in bytes_.items() if kind != fcntl.F_UNLCK}
         assert all(one[1] + 1 < two[0] or one[2] != two[2] for one, two in itertools.pairwise(held))
+
+
+def test_what_a_mount_may_lock_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each owner of locks takes a descriptor, which other mounts of this process need too."""
+    monkeypatch.setattr(records_module, "RANGES", 10)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    with contextlib.closing(server), contextlib.closing(c):
+        node, fh = c.create(b"f")
+        records = server.sessions["test"].volume.records
+
+        def lock(owner: int, at: int, end: int | None = None, kind: int = fcntl.F_RDLCK) -> None:
+            c.call(m.SETLK, node, fh=fh, owner=owner, start=at, end=at if end is None else end, type=kind)
+
+        records.most = 4
+        for owner in range(4):
+            lock(owner, 0)
+        assert error_of(lock, 4, 0) == "ENOLCK"
+        lock(3, 0)
+        c.call(m.FLUSH, node, fh=fh, lock_owner=3)
+        lock(4, 0)
+        for n in range(1, 7):
+            lock(0, 10 * n)
+        assert error_of(lock, 0, 90) == "ENOLCK"
+        lock(0, 0, 60)  # one instead of seven
+        for n in range(1, 7):
+            lock(0, 10 * n, kind=fcntl.F_UNLCK)
+        lock(0, 3, kind=fcntl.F_UNLCK)
+        assert error_of(lock, 0, 5, kind=fcntl.F_UNLCK) == "ENOLCK"
+        c.call(m.FLUSH, node, fh=fh, lock_owner=0)
+        for n in range(7):
+            lock(1, 10 * n)
+        assert (records.owners, records.ranges) == (3, 9)
+        c.send(m.RELEASE, node, fh=fh)
+        c.receive()
+        assert (records.owners, records.ranges) == (0, 0)
+
+
+def test_many_ranges_cost_no_more_each_than_few() -> None:
+    def cost(count: int) -> float:
+        held: list[tuple[int, int, int]] = []
+        begun = time.thread_time()
+        for n in range(count):
+            held = set_range(held, 2 * n, 2 * n, fcntl.F_WRLCK)
+        return (time.thread_time() - begun) / count
+
+    assert cost(8000) < 0.0003  # ten times more where each looked through all of them
 
 
 def test_quiet_requests_are_answered_only_when_a_write_fails(tmp_path: Path) -> None:
