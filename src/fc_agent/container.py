@@ -183,13 +183,13 @@ def why(code: int, oom: bool) -> str | None:
 
 
 def signal_number(name: str) -> int:
-    """``SIGTERM``, ``TERM``, ``15`` and ``RTMIN+3`` are signals; anything else is SIGTERM."""
+    """``SIGTERM``, ``TERM``, ``15``, ``RTMIN+3`` and ``RTMAX-3`` are signals; anything else is SIGTERM."""
     word = str(name).upper().removeprefix("SIG")
-    base, _, offset = word.partition("+")
+    base, sign, offset = word.partition("-" if "-" in word else "+")
     try:
         if word.isdigit():
             return int(word)
-        return signal.Signals[f"SIG{base}"] + (int(offset) if offset else 0)
+        return signal.Signals[f"SIG{base}"] + (int(sign + offset) if base.startswith("RT") and offset else 0)
     except (KeyError, ValueError):
         return signal.SIGTERM
 

@@ -17,7 +17,7 @@ from typing import Any
 from fc_agent import freezer, linux
 from fc_agent.container import Container
 from fc_agent.failures import explain
-from fc_agent.process import LocalProcess, exit_code, kill_session, set_size
+from fc_agent.process import TO_GROUP, LocalProcess, exit_code, kill_session, set_size
 from fc_agent.session import LaunchError, Request
 
 DIRECTORY = "/run/fcvm/exec"
@@ -86,7 +86,11 @@ class ContainerProcess(LocalProcess):
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(OSError):
-            os.kill(self._inner() or self.pid, number)
+            inner = self._inner()
+            if inner is not None and number in TO_GROUP and os.getpgid(inner) == inner:
+                os.killpg(inner, number)
+            else:
+                os.kill(inner or self.pid, number)
 
     def kill(self) -> None:
         inner = self._inner()

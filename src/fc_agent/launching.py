@@ -16,7 +16,10 @@ class LaunchError(Exception):
 
 
 class Request(Struct):
-    """What a client asks for. ``target`` and ``user`` are the launcher's to understand; sizes are in characters."""
+    """What a client asks for. ``target`` and ``user`` are the launcher's to understand; sizes are in characters.
+
+    ``pipes``: those of ``stdin``, ``stdout`` and ``stderr`` that are no terminal though there is one (the machine's commands).
+    """
 
     target: str = "container"
     argv: list[str] = field(default_factory=list)
@@ -29,6 +32,7 @@ class Request(Struct):
     columns: int = 80
     grace: float | None = None
     privileged: bool = False
+    pipes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> "Request":
@@ -42,6 +46,7 @@ class Request(Struct):
         texts = [request.target, *request.argv] if isinstance(request.argv, list) else [None]
         texts += [*request.env.keys(), *request.env.values()] if isinstance(request.env, dict) else [None]
         texts += [text for text in (request.cwd, request.user) if text is not None]
+        texts += request.pipes if isinstance(request.pipes, list) else [None]
         numbers = [request.rows, request.columns, request.grace or 0]
         if not all(isinstance(t, str) and "\0" not in t for t in texts) or not all(
             isinstance(n, int | float) and 0 <= n < 1 << 31 for n in numbers

@@ -27,6 +27,7 @@ from fc_agent.session import LaunchError, Process, Request
 PYTHON = "/usr/bin/python3"
 START = "import sys; sys.path.insert(0, sys.argv[1]); from fcvm.machine.zygote import main; main(int(sys.argv[2]))"
 
+STREAMS = ("stdin", "stdout", "stderr")
 _LENGTH = struct.Struct(">I")
 
 
@@ -110,33 +111,36 @@ class Command:
         uid, gid, groups, home = find_user(request.user) if request.user else (0, 0, [0], pwd.getpwuid(0).pw_dir)
         self.terminal: int | None = None
         self.stdin: int | None = None
+        self.outputs: dict[int, Callable[[], list[tuple[int, bytes]] | None]] = {}
         self._open: set[int] = set()
         theirs: list[int] = []
+        standard: dict[str, int] = {}
         try:
             self.ended, status = self._own(os.pipe(), theirs)
             if request.tty:
                 self.terminal, line = self._own(os.openpty(), theirs)
                 set_size(self.terminal, request.rows, request.columns)
                 os.fchown(line, uid, -1)
-                self.stdin, standard = self.terminal, [line, line, line]
-                self.outputs: dict[int, Callable[[], list[tuple[int, bytes]] | None]]
-                self.outputs = {self.terminal: reader(self.terminal, STDOUT)}
+                standard = dict.fromkeys((name for name in STREAMS if name not in request.pipes), line)
+                kind = STDOUT if "stdout" in standard else STDERR
+                self.outputs[self.terminal] = reader(self.terminal, kind)
+            if "stdin" in standard:
+                self.stdin = self.terminal if request.stdin else None
+            elif request.stdin:
+                self.stdin, standard["stdin"] = self._own(os.pipe()[::-1], theirs)
             else:
-                if request.stdin:
-                    line, self.stdin = self._own(os.pipe()[::-1], theirs)[::-1]
-                else:
-                    line = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-                    theirs.append(line)
-                out, out_line = self._own(os.pipe(), theirs)
-                err, err_line = self._own(os.pipe(), theirs)
-                self.outputs = {out: reader(out, STDOUT), err: reader(err, STDERR)}
-                standard = [line, out_line, err_line]
+                standard["stdin"] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                theirs.append(standard["stdin"])
+            for name, kind in (("stdout", STDOUT), ("stderr", STDERR)):
+                if name not in standard:
+                    fd, standard[name] = self._own(os.pipe(), theirs)
+                    self.outputs[fd] = reader(fd, kind)
             for fd in self._open:
                 os.set_blocking(fd, False)
             environment = {"PATH": DEFAULT_PATH, "HOME": home, "LANG": "C.UTF-8", **request.env}
             message = {"argv": request.argv[1:], "env": environment, "cwd": request.cwd or home, "tty": request.tty}
             message |= {"uid": uid, "gid": gid, "groups": groups}
-            self.pid = zygote.fork(message, [*standard, status])
+            self.pid = zygote.fork(message, [*(standard[name] for name in STREAMS), status])
         except BaseException:
             self.close()
             raise
@@ -155,10 +159,12 @@ class Command:
         return os.write(self.stdin, data)
 
     def close_stdin(self) -> None:
-        if self.terminal is not None:
+        if self.stdin is None:
+            return
+        if self.stdin == self.terminal:
             with contextlib.suppress(OSError):
-                os.write(self.terminal, b"\x04")
-        elif self.stdin is not None:
+                os.write(self.stdin, b"\x04")
+        else:
             self._open.discard(self.stdin)
             os.close(self.stdin)
         self.stdin = None

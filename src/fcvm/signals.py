@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_ON = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to the container
 
 
 @contextlib.contextmanager

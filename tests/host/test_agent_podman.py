@@ -359,6 +359,24 @@ def test_signals_reach_an_exec_and_its_end_reaches_us(guest: Guest) -> None:
     assert result[0].code == 5
 
 
+def test_what_ctrl_c_sends_reaches_all_that_an_exec_runs(guest: Guest) -> None:
+    """A shell waits for its command, whatever it is sent."""
+    guest.plan("sleep", "1000")
+    guest.wait("started")
+    ready = threading.Event()
+    client = Client(guest.connect, Request(["sh", "-c", "trap 'echo caught' INT; echo ready; sleep 600; exit 6"]), stdin=None,
+                    on_output=lambda name, data: ready.set())  # fmt: skip
+    result: list[Exit] = []
+    thread = threading.Thread(target=lambda: result.append(client.run()))
+    thread.start()
+    assert ready.wait(60)
+    while b"sleep 600" not in guest.exec("sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -o 'sleep 6[0]0 ' || true")[1]:
+        pass
+    client.signal(signal.SIGINT)
+    thread.join(60)
+    assert result[0].code == 6
+
+
 def test_a_hundred_execs_at_once(guest: Guest) -> None:
     guest.plan("sleep", "1000")
     guest.wait("started")

@@ -94,7 +94,7 @@ def test_start_codes(message: str, code: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("nonsense", 15), ("RTMIN+x", 15), ("SIGINT", 2)],
+    [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-3", 61), ("TERM-1", 15), ("nonsense", 15), ("RTMIN+x", 15), ("SIGINT", 2)],
 )
 def test_signal_numbers(name: str, number: int) -> None:
     assert container.signal_number(name) == number

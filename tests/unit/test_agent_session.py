@@ -250,6 +250,22 @@ def test_a_terminal(place: Place) -> None:
     assert (ended.code, out) == (0, b"33 101\r\nok\r\n")
 
 
+@pytest.mark.parametrize("with_stdin", [True, False])
+def test_a_terminal_is_raw_only_where_its_keys_are_passed_on(place: Place, with_stdin: bool) -> None:
+    """Else nobody would see a Ctrl-C."""
+    master, line = os.openpty()
+    raw: list[bool] = []
+
+    def on_output(name: str, data: bytes) -> None:
+        raw.append(not termios.tcgetattr(line)[3] & termios.ICANON)
+
+    request = Request(["echo", "x"], target="vm", tty=True, stdin=with_stdin)
+    stream(place.connect, request, stdin=line if with_stdin else None, on_output=on_output, terminal=line)
+    os.close(master)
+    os.close(line)
+    assert set(raw) == {with_stdin}
+
+
 def test_a_terminal_is_resized(place: Place) -> None:
     output = Collector()
     script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"

@@ -263,3 +263,26 @@ def test_no_room_for_a_process_is_waited_out(monkeypatch: pytest.MonkeyPatch) ->
     assert zygote.fork() == 77
     with pytest.raises(OSError, match="no"):
         zygote.fork()
+
+
+@pytest.mark.parametrize("pipes", [["stderr"], ["stdin"], ["stdout"], ["stdin", "stderr"], ["stdin", "stdout"], ["stdout", "stderr"]])
+def test_what_is_no_terminal_here_is_none_there(place: Place, pipes: list[str]) -> None:
+    script = """
+print(*(name for fd, name in enumerate(("stdin", "stdout", "stderr")) if not os.isatty(fd)))
+print("shown", file=sys.stderr)
+if not os.isatty(0):
+    print(sys.stdin.read())
+os.open("/dev/tty", os.O_RDWR)
+"""
+    read, write = os.pipe()
+    os.write(write, b"input")
+    os.close(write)
+    ended, out, err = place.run(script, stdin=read if "stdin" in pipes else None, tty=True, pipes=pipes)
+    os.close(read)
+    assert ended.code == 0, err
+    out, err = out.replace(b"\r\n", b"\n"), err.replace(b"\r\n", b"\n")
+    expected = " ".join(pipes).encode() + b"\n" + (b"input\n" if "stdin" in pipes else b"")
+    if "stdout" in pipes or "stderr" in pipes:
+        assert (out, err) == (expected, b"shown\n")
+    else:
+        assert sorted(out.splitlines()) == sorted([*expected.splitlines(), b"shown"])

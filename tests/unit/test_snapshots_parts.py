@@ -342,7 +342,7 @@ def test_output_for_a_client_that_does_not_read_ends_with_the_client(tmp_path: P
     ours, theirs = socket.socketpair()
     read, write = os.pipe()  # somebody keeps it open and does not read
     client = server.Client(ours, {}, [write])
-    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client)
+    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client, prefix=False)
     broken = threading.Event()
 
     def produce() -> None:
@@ -371,7 +371,7 @@ def test_output_for_a_client_that_reads_is_whole(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
     client = server.Client(ours, {}, [write])
-    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client)
+    output = ClientOutput(Output(tmp_path / LOG, 1 << 20, show=False, prefix=False), client, prefix=False)
     data = bytes(range(256)) * 1000
     thread = threading.Thread(target=output.write, args=("stdout", data))
     thread.start()
@@ -389,8 +389,8 @@ def test_lines_are_kept_apart_if_the_client_has_both_streams_in_one_place(tmp_pa
     files = [open(tmp_path / name, "w+b") for name in ("out", "out" if together else "err")]  # noqa: SIM115
     client = server.Client(ours, {}, [os.dup(file.fileno()) for file in files])
     kept = Output(tmp_path / LOG, 1 << 20, show=False, prefix=True)
-    kept.one_place = not together  # so it is with the server's own
-    output = ClientOutput(kept, client)
+    kept.marks.one_place = not together  # so it is with the server's own
+    output = ClientOutput(kept, client, prefix=True)
     output.write("stdout", b"open")
     if together:
         files[1].seek(0, os.SEEK_END)

@@ -10,7 +10,7 @@ import pytest
 
 from fcvm.storage.rotating import RotatingFile
 from fcvm.vm import output as module
-from fcvm.vm.output import CLOSED, LOG, Output, follow_log, read_log
+from fcvm.vm.output import CLOSED, LOG, Marks, Output, follow_log, read_log
 
 
 def streams(records) -> tuple[bytes, bytes]:
@@ -89,6 +89,27 @@ def test_prefixes_begin_every_line_once(tmp_path: Path, capfd) -> None:
     out, err = capfd.readouterr()
     assert out == "[ctr:out] one\n[ctr:out] two\n[ctr:out] \n[ctr:out] three\n"
     assert err == "[ctr:err] bad\n"
+
+
+def test_a_line_that_is_left_open_ends_where_it_began(tmp_path: Path, capfd) -> None:
+    output = Output(tmp_path / LOG, 1 << 20, show=True, prefix=True)
+    output.write("stdout", b"out\n")
+    output.write("stderr", b"err")
+    output.close()
+    assert capfd.readouterr() == ("[ctr:out] out\n", "[ctr:err] err\n")
+
+
+def test_what_is_no_terminal_is_exact_though_the_other_is_one(tmp_path: Path) -> None:
+    master, line = os.openpty()
+    with open(tmp_path / "file", "wb") as file:
+        for fds, streams in (((line, file.fileno()), ["stdout"]), ((file.fileno(), line), ["stderr"]), ((line, line), ["stdout", "stderr"])):
+            assert Marks(None, fds).streams == streams
+            assert Marks(False, fds).streams == []
+            assert Marks(True, fds).streams == ["stdout", "stderr"]
+        marks = Marks(None, (line, file.fileno()))
+        assert (marks.put("stdout", b"x\n"), marks.put("stderr", b"\0\n")) == (b"[ctr:out] x\n", b"\0\n")
+    os.close(master)
+    os.close(line)
 
 
 def test_streams_on_one_terminal_share_no_line(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:

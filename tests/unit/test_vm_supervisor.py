@@ -281,6 +281,18 @@ def test_a_guest_that_tells_of_stages_for_ever_is_not_listened_to_for_ever(vm: S
     assert sum(len(name) for name, _ in vm.timings.guest_marks) < 10_000
 
 
+def test_signals_that_end_nothing_are_passed_on_to_the_container(vm: Supervisor) -> None:
+    sent: list[dict[str, object]] = []
+    vm.control = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
+    for phase in ("planned", "running"):  # there is no container yet; there is
+        vm.phase = phase
+        run.Signals(vm).handle(signal.SIGUSR1, None)
+        for request in vm._asks:
+            requests.carry_out(vm, request)
+        vm._asks.clear()
+    assert sent == [{"type": "kill", "signal": signal.SIGUSR1}]
+
+
 @pytest.mark.parametrize(
     "request_", [{"op": "snapshot"}, {"op": "snapshot", "tag": None}, {"op": "stop", "timeout": 1e400}]
 )

@@ -54,6 +54,7 @@ class Request:
         columns: int = 80,
         grace: float | None = None,
         privileged: bool = False,
+        pipes: Sequence[str] = (),
     ) -> None:
         self.argv = list(argv)
         self.target = target
@@ -66,6 +67,7 @@ class Request:
         self.columns = columns
         self.grace = grace
         self.privileged = privileged
+        self.pipes = list(pipes)
 
 
 class Resume:
@@ -385,7 +387,8 @@ def stream(
         connect: opens a stream socket to the server; called again whenever the connection breaks.
         stdin: a descriptor to read until its end, or None. Its bytes reach the process unchanged.
         on_output: called with ``"stdout"`` or ``"stderr"`` and bytes, in order; while it blocks, the process is slowed.
-        terminal: the user's terminal, if the process has one: raw while the session runs, its size followed.
+        terminal: the user's terminal, if the process has one: its size is followed, and if it is ``stdin`` too it is raw
+            while the session runs, so that Ctrl-C is a key like others; else Ctrl-C is a signal to us.
         signals: signals to send on instead of suffering them (main thread only), for example ``FORWARDED``.
         on_started: called with the process's id once it runs.
         give_up: asked with the error and the seconds since the break after each failed attempt to reconnect.
@@ -409,7 +412,7 @@ def stream(
                 client.resize(*tty.size(terminal))
             stack.enter_context(handled((signal.SIGWINCH,), lambda *_: client.resize(*tty.size(terminal))))
         stack.enter_context(handled(signals, lambda number, _: client.signal(number)))
-        if terminal is not None:
+        if terminal is not None and terminal == stdin:
             stack.enter_context(tty.raw(terminal))
         return client.run()
 

@@ -22,6 +22,11 @@ def size(descriptor: int) -> tuple[int, int]:
     return rows or 24, columns or 80
 
 
+def ours() -> int | None:
+    """The first of our standard streams that is a terminal."""
+    return next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+
+
 @contextlib.contextmanager
 def raw(descriptor: int) -> Iterator[None]:
     """Hand every key to the reader of ``descriptor`` while the block runs, then restore the terminal.

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
             request,
             stdin=0 if args.interactive else None,
             on_output=session.to_descriptors(1, 2),
-            terminal=0 if args.tty and os.isatty(0) else None,
+            terminal=next(filter(os.isatty, (0, 1, 2)), None) if args.tty else None,
             signals=session.FORWARDED,
         )
     except (FileNotFoundError, ConnectionRefusedError) as error:

@@ -127,6 +127,8 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
     from fcvm import host, setup
     from fcvm.vm.spec import ImageUse, RunSpec
 
+    if args.words[:1] == ["--"]:
+        args.words.pop(0)
     draft = _check(args, context)
     if not host.uses_machine(context.config):
         host.need_kvm()
@@ -176,6 +178,10 @@ def _check(args: argparse.Namespace, context: Context) -> dict[str, Any]:
         raise UsageError("--tty needs a terminal on stdin.", hint="use -i alone to pipe data in")
     if args.detach and args.interactive and not args.tty:
         raise UsageError("A detached container has no stdin.", hint="leave out -i or -d")
+    if args.detach and args.timings:
+        raise UsageError("--timings are of a start that is waited for.", hint="leave out --detach")
+    if args.detach and args.log_prefix is not None:
+        raise UsageError("A detached container's output is not shown.", hint="leave out --log-prefix; fcvm logs NAME")
     if args.warm and args.interactive:
         raise UsageError(
             "--warm and --interactive do not go together: the next run would have this one's input.",

@@ -165,8 +165,6 @@ def _prepare_run(args: argparse.Namespace) -> None:
     if args.command == []:
         raise UsageError("--exec is given no command.", hint="--exec 'echo ready'")
     args.publish = distributed(args.publish, args.count)
-    if args.log_prefix is None:
-        args.log_prefix = sys.stdout.isatty()
 
 
 def distributed(publish: list[str], count: int) -> list[list[str]]:

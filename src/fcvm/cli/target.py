@@ -27,7 +27,9 @@ def take_name(args: argparse.Namespace) -> None:
     if args.pid is not None:
         args.pid = number(args.pid, "--pid", least=1)
     elif args.name is None:
-        if not args.words or args.words[0] == "--":
+        if args.words[:1] == ["--"]:
+            args.words.pop(0)
+        if not args.words:
             raise UsageError("No VM is named.", hint="fcvm ls shows the VMs that run")
         args.name = args.words.pop(0)
 

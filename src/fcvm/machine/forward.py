@@ -59,7 +59,8 @@ def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool =
         user=None if os.geteuid() == 0 else str(os.geteuid()),
         env=environment(wanted),
         cwd="/",
-        tty=has_terminal(),
+        tty=_tty(),
+        pipes=[name for fd, name in enumerate(("stdin", "stdout", "stderr")) if not os.isatty(fd)],
         stdin=has_terminal() or bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
         grace=0,
     )
@@ -76,14 +77,14 @@ def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool =
 
 def run(places: Places, request: Request) -> Exit:
     """Run one session with our own streams and signals. Raises OSError, AgentError: the machine is not there."""
-    if not request.tty and not _open(0):
+    if not _open(0):
         request.stdin = False
     return stream(
         lambda: sockets.connect(places.session),
         request,
         stdin=0 if request.stdin else None,
         on_output=to_descriptors(1, 2),
-        terminal=0 if request.tty else None,
+        terminal=next(filter(os.isatty, (0, 1, 2)), None) if request.tty else None,
         signals=FORWARDED,
         give_up=lambda _error, _since: True,  # with a grace of 0 there is nothing to come back to
     )
@@ -130,8 +131,13 @@ def has_terminal() -> bool:
         return False
 
 
+def _tty() -> bool:
+    """Whether the command gets a terminal: if ours is behind stdout or stderr, so that it writes as it would here."""
+    return any(os.isatty(fd) and _open(fd) for fd in (1, 2))
+
+
 def _open(fd: int) -> bool:
-    """Whether there is something to read from at ``fd``: a job in the background must not read from its terminal."""
+    """Whether ``fd`` is ours to use: a job in the background must not read from its terminal, or change it."""
     try:
         return not os.isatty(fd) or os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:

@@ -132,7 +132,7 @@ def _command(message: dict[str, Any], standard: list[int], known: set[str], lear
             if fd > 2:
                 os.close(fd)
         if message["tty"]:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            fcntl.ioctl(next(filter(os.isatty, (0, 1, 2))), termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # its own programs get the default, as after any exec
         if message["uid"] != 0:
             os.setgroups(message["groups"])

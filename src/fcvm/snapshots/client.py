@@ -29,7 +29,7 @@ class Wanted(Struct):
     name: str | None
     publish: list[str]
     network: str | None = None
-    log_prefix: bool = False
+    log_prefix: bool | None = None
 
 
 class Clone:

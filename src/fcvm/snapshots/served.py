@@ -16,7 +16,7 @@ from fcvm.network.attach import Network
 from fcvm.snapshots import servers, store
 from fcvm.snapshots.pool import Loaded
 from fcvm.vm import network as networks
-from fcvm.vm.output import Output, write_while
+from fcvm.vm.output import Marks, Output, write_while
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
 from fcvm.vm.supervisor import Supervisor
@@ -62,21 +62,26 @@ class Pooled(Start):
 class ClientOutput(Output):
     """Also writes to a client's stdout and stderr, as long as the client lives."""
 
-    def __init__(self, kept: Output, client: Client) -> None:
+    def __init__(self, kept: Output, client: Client, *, prefix: bool | None) -> None:
         self.__dict__.update(kept.__dict__)
         self.descriptors = client.descriptors
         self.connection = client.connection
-        self.one_place = len(client.fds) == 2 and os.path.samestat(*map(os.fstat, client.fds))
+        self.marks = Marks(prefix, client.fds)
 
     def write(self, stream: str, data: bytes) -> None:
         super().write(stream, data)
         if not self.closed and stream in self.descriptors:
             try:
-                shown = self._prefixed(stream, data) if self.prefix else data
-                write_while(self.descriptors[stream], shown, self.connection)
+                write_while(self.descriptors[stream], self.marks.put(stream, data), self.connection)
             except OSError as error:
                 self.closed = True
                 raise BrokenPipeError(*error.args) from error
+
+    def close(self) -> None:
+        for stream in self.marks.unfinished() if not self.closed else ():
+            with contextlib.suppress(OSError):
+                write_while(self.descriptors[stream], b"\n", self.connection)
+        super().close()
 
 
 class ClientSupervisor(Supervisor):
@@ -93,7 +98,7 @@ class ClientSupervisor(Supervisor):
     def _acquire(self, stack: contextlib.ExitStack) -> None:
         super()._acquire(stack)
         self.entry.update(pid=self.client.pid)
-        self.output = ClientOutput(self.output, self.client)
+        self.output = ClientOutput(self.output, self.client, prefix=self.marked)
 
 
 class Client:

@@ -265,7 +265,7 @@ class CloneServer:
             publish=list(request.get("publish", [])),
             network=request.get("network") or self.mode,
             remove=bool(request.get("remove", True)),
-            log_prefix=bool(request.get("log_prefix", False)),
+            log_prefix=request.get("log_prefix"),
             detach=True,  # its output is not the server's
         )
         with self._start(spec) as start, contextlib.ExitStack() as ends:

@@ -13,7 +13,7 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fcvm.linux import inotify
@@ -35,6 +35,42 @@ _CHANGES = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_DELETE | inotify.I
 _NUMBER: dict[str, int] = {"stdout": 1, "stderr": 2}
 
 
+class Marks:
+    """``[ctr:out]`` or ``[ctr:err]`` at the beginning of every line of some streams."""
+
+    def __init__(self, wanted: bool | None, fds: Sequence[int] = (1, 2)) -> None:
+        """
+        Arguments:
+            wanted: whether they are; None: on what is a terminal.
+            fds: where stdout and stderr go.
+        """
+        self.streams = [
+            stream
+            for stream, fd in zip(_NUMBER, fds, strict=False)
+            if wanted or (wanted is None and os.isatty(fd))
+        ]
+        self.one_place = len(self.streams) == 2 and os.path.samestat(*map(os.fstat, fds))
+        self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
+
+    def put(self, stream: str, data: bytes) -> bytes:
+        """``data``, which ``stream`` goes on with, as it is to be shown."""
+        if stream not in self.streams:
+            return data
+        mark = b"[ctr:out] " if stream == "stdout" else b"[ctr:err] "
+        start = b"" if self.line_open[stream] else mark
+        other = "stderr" if stream == "stdout" else "stdout"
+        if self.one_place and self.line_open[other]:  # both on one terminal: no line is shared
+            start = b"\n" + start
+            self.line_open[other] = False
+        self.line_open[stream] = not data.endswith(b"\n")
+        body, end = (data, b"") if self.line_open[stream] else (data[:-1], b"\n")
+        return start + body.replace(b"\n", b"\n" + mark) + end
+
+    def unfinished(self) -> list[str]:
+        """The streams that end within a line behind a mark."""
+        return [stream for stream, is_open in self.line_open.items() if is_open]
+
+
 class Output:
     """Takes the container's output chunk by chunk; ``write`` blocks while our own reader is slow.
 
@@ -44,24 +80,22 @@ class Output:
     """
 
     def __init__(
-        self, log: Path, limit: int, *, show: bool, prefix: bool, on_first: Callable[[], None] = lambda: None
+        self, log: Path, limit: int, *, show: bool, prefix: bool | None, on_first: Callable[[], None] = lambda: None
     ) -> None:
         """Keep between ``limit`` and twice ``limit`` bytes in ``log``; with ``show`` write to our own stdout and stderr.
 
         Arguments:
-            prefix: begin every line with ``[ctr:out]`` or ``[ctr:err]``.
+            prefix: as ``wanted`` of ``Marks``.
             on_first: called before the first chunk is handed on.
         """
         self.log = RotatingFile(log, limit)
         self.show = show
-        self.prefix = prefix
+        self.marks = Marks(prefix)
         self.closed = False
         self.begun = False
         self.on_first = on_first
         self.chunks = 0
         self.lock = threading.Lock()  # of the log and its count of chunks
-        self.line_open: dict[str, bool] = {"stdout": False, "stderr": False}
-        self.one_place = prefix and os.path.samestat(os.fstat(1), os.fstat(2))
 
     def write(self, stream: str, data: bytes) -> None:
         """One chunk of ``stream``. Raises BrokenPipeError, once, if our reader has gone."""
@@ -73,21 +107,10 @@ class Output:
             self.chunks += 1
         if self.show and not self.closed:
             try:
-                write_all(_NUMBER[stream], self._prefixed(stream, data) if self.prefix else data)
+                write_all(_NUMBER[stream], self.marks.put(stream, data))
             except BrokenPipeError:
                 self.closed = True
                 raise
-
-    def _prefixed(self, stream: str, data: bytes) -> bytes:
-        mark = b"[ctr:out] " if stream == "stdout" else b"[ctr:err] "
-        start = b"" if self.line_open[stream] else mark
-        other = "stderr" if stream == "stdout" else "stdout"
-        if self.one_place and self.line_open[other]:  # both on one terminal: no line is shared
-            start = b"\n" + start
-            self.line_open[other] = False
-        self.line_open[stream] = not data.endswith(b"\n")
-        body, end = (data, b"") if self.line_open[stream] else (data[:-1], b"\n")
-        return start + body.replace(b"\n", b"\n" + mark) + end
 
     def kept(self) -> tuple[int, list[tuple[int, Stream, bytes]]]:
         """How many chunks have been written, and the newest of them: all that the log still holds."""
@@ -95,10 +118,10 @@ class Output:
             return self.chunks, list(read_log(self.log.path.parent))
 
     def close(self) -> None:
-        """End a line left open behind a prefix, and the log."""
-        if self.show and self.prefix and not self.closed and any(self.line_open.values()):
+        """End lines left open behind a mark, and the log."""
+        for stream in self.marks.unfinished() if self.show and not self.closed else ():
             with contextlib.suppress(OSError):  # our reader has gone
-                os.write(1, b"\n")
+                os.write(_NUMBER[stream], b"\n")
         self.log.close()
 
 

@@ -7,7 +7,7 @@ import os
 import time
 
 from fc_agent.protocol import VOLUME_PORT, ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
-from fcvm.agent.terminal import size
+from fcvm.agent.terminal import ours, size
 from fcvm.vm.spec import RunSpec
 
 TYPE_CHECKING = False
@@ -57,7 +57,8 @@ def volumes(spec: RunSpec) -> list[VolumePlan]:
 
 def container(spec: RunSpec) -> ContainerPlan:
     """The container's part."""
-    rows, columns = size(0) if spec.tty and not spec.detach else (24, 80)
+    where = ours() if spec.tty and not spec.detach else None
+    rows, columns = (24, 80) if where is None else size(where)
     return ContainerPlan(
         image=spec.image.id,
         name=spec.name,

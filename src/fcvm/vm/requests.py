@@ -57,6 +57,10 @@ def carry_out(vm: Supervisor, request: dict[str, Any]) -> None:
         if vm.running and not vm.stop_sent:
             warm.capture(vm, vm.start.warm)
         return
+    if request["op"] == "signal":
+        if vm.running:
+            vm.control.send({"type": "kill", "signal": request["signal"]})
+        return
     if request["op"] == "kill" or vm.phase in UNPLANNED:
         vm.kill()
         return

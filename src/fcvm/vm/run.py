@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from fc_agent.structs import replace
 from fcvm import host, setup
+from fcvm.agent import terminal
 from fcvm.config import Config
 from fcvm.network import attach
-from fcvm.signals import STOPPING, handled
+from fcvm.signals import PASSED_ON, STOPPING, handled
 from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, state, warm
@@ -52,12 +50,10 @@ def foreground(spec: RunSpec, config: Config) -> int:
     Raises:
         FcvmError: as ``Supervisor.run``.
     """
-    if spec.log_prefix is None:
-        spec = replace(spec, log_prefix=sys.stdout.isatty())
     sweep(config)
     supervisor = Supervisor(spec, config, how_to_start(spec, config))
     stdin = 0 if spec.interactive else None
-    code = drive(supervisor, stdin=stdin, terminal=0 if spec.tty and os.isatty(0) else None)
+    code = drive(supervisor, stdin=stdin, terminal=terminal.ours() if spec.tty else None)
     if spec.timings:
         supervisor.timings.print()
     return code
@@ -99,7 +95,7 @@ def drive(supervisor: Supervisor, *, stdin: int | None = None, terminal: int | N
 
 
 class Signals:
-    """Turns the first signal into a stop of a VM, the next into a kill.
+    """Turns the first of STOPPING into a stop of a VM, the next into a kill, and passes others on.
 
     Attributes:
         interrupt: whether the main thread is where a kill may raise ``Killed``, which it does once.
@@ -111,6 +107,9 @@ class Signals:
         self._seen = 0
 
     def handle(self, number: int, frame: object) -> None:
+        if number in PASSED_ON:
+            self._supervisor.ask({"op": "signal", "signal": int(number)})
+            return
         self._seen += 1
         self._supervisor.ask({"op": "stop" if self._seen == 1 else "kill"})
         if self._seen > 1 and self.interrupt:
@@ -120,9 +119,9 @@ class Signals:
 
 @contextlib.contextmanager
 def stopping(supervisor: Supervisor) -> Iterator[Signals]:
-    """Have signals stop and kill the VM inside the block."""
+    """Have signals stop and kill the VM inside the block, or passed on to its container."""
     signals = Signals(supervisor)
-    with handled(STOPPING, signals.handle):
+    with handled((*STOPPING, *PASSED_ON), signals.handle):
         yield signals
 
 

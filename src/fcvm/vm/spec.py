@@ -42,7 +42,7 @@ class RunSpec(Struct):
         stop_timeout: seconds.
         health_check: ``None`` (the image's HEALTHCHECK or "it runs") or a URL asked in the guest.
         kernel: path of a vmlinux on the user's host; None for the one from setup.
-        log_prefix: None: only when stdout is a terminal.
+        log_prefix: None: on those of stdout and stderr that are terminals.
         nested: path on the user's host of the disk for a VM that runs VMs itself; None for any other VM.
         snapshot: whether to start from a boot snapshot; ``warm``: from one with the application up (vm/warm.py).
     """

@@ -150,6 +150,11 @@ class Supervisor:
             if self._asked >= 0:  # else the loop has ended
                 os.eventfd_write(self._asked, 1)
 
+    @property
+    def marked(self) -> bool | None:
+        """Whether lines are marked where they are shown (``output.Marks``); those of a terminal never are."""
+        return False if self.spec.tty else self.spec.log_prefix
+
     # The life
 
     def run(self) -> int:
@@ -209,9 +214,8 @@ class Supervisor:
         self._furnish(self.start)
         self.timings.mark("disks")
         log_file, limit = self.directory / output.LOG, self.config.log_size << 20
-        prefix = bool(spec.log_prefix) and not spec.tty
         first = partial(self.timings.mark, "first output")
-        self.output = output.Output(log_file, limit, show=not spec.detach, prefix=prefix, on_first=first)
+        self.output = output.Output(log_file, limit, show=not spec.detach, prefix=self.marked, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
         self.clock = Clock(self.control.send, time.time_ns)
