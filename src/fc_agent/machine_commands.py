@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Callable
 
@@ -124,6 +125,10 @@ class Command:
                 standard = dict.fromkeys((name for name in STREAMS if name not in request.pipes), line)
                 kind = STDOUT if "stdout" in standard else STDERR
                 self.outputs[self.terminal] = reader(self.terminal, kind)
+                if not request.stdin or "stdin" not in standard:  # the user's terminal is not raw: line ends are its affair
+                    modes = termios.tcgetattr(line)
+                    modes[1] &= ~termios.OPOST
+                    termios.tcsetattr(line, termios.TCSANOW, modes)
             if "stdin" in standard:
                 self.stdin = self.terminal if request.stdin else None
             elif request.stdin:
