@@ -2,10 +2,13 @@
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
+from fuse_pipe.channel import CHANNELS
 from fuse_pipe.errors import FusePipeError
 
 
@@ -18,7 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--socket", required=True, help="path of the Unix socket to make")
     serve.add_argument("--ro", action="store_true", help="change nothing, whatever a mount asks")
     serve.add_argument(
-        "--owner", default="0:0", metavar="UID:GID", help="as whom the serving user's files show, when not root"
+        "--owner",
+        type=_owner,
+        default=(0, 0),
+        metavar="UID:GID",
+        help="as whom the serving user's files show, when not root",
     )
     serve.add_argument(
         "--journals", metavar="DIR", help="where to note what mounts know, for a server that is started again"
@@ -29,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     mount = commands.add_parser("mount", help="mount what is served there, until it is unmounted or this is stopped")
     mount.add_argument("socket")
     mount.add_argument("mountpoint")
-    mount.add_argument("--channels", type=int, default=1, help="requests that are carried at a time")
+    mount.add_argument(
+        "--channels", type=_channels, default=1, metavar="N", help=f"requests that are carried at a time, up to {CHANNELS}"
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(format="fuse_pipe: %(message)s", level=logging.WARNING)
     try:
@@ -39,10 +48,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _owner(text: str) -> tuple[int, int]:
+    uid, _, gid = text.partition(":")
+    if not (uid.isdecimal() and (gid or uid).isdecimal() and max(int(uid), int(gid or uid)) < 1 << 32):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UID:GID in numbers, as in 1000:1000")
+    return int(uid), int(gid or uid)
+
+
+def _channels(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= CHANNELS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {CHANNELS}")
+    return int(text)
+
+
 def _serve(args: argparse.Namespace) -> int:
     from fuse_pipe.server import listening, serve
 
-    uid, _, gid = args.owner.partition(":")
+    if not os.path.exists(args.directory) and not (args.journals and any(Path(args.journals).glob("*.journal"))):
+        raise FusePipeError(f"{args.directory} does not exist, and no mounts of it are noted; make it first")
     with listening(args.socket) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: listener.shutdown(socket.SHUT_RDWR))
@@ -50,7 +73,7 @@ def _serve(args: argparse.Namespace) -> int:
             listener,
             args.directory,
             read_only=args.ro,
-            owner=(int(uid), int(gid or uid)),
+            owner=args.owner,
             writeback=args.writeback,
             journals=args.journals,
         )

@@ -33,6 +33,7 @@ from fuse_pipe.messages import IN_HEADER, OUT_HEADER
 
 PROTOCOL = 1
 NOTIFY = -1
+CHANNELS = 64  # of one mount, at most
 ACK, FAILED, ATTRIBUTES, CONTENT = 0x4657_4143, 0x4657_4146, 0x4657_4154, 0x4657_4344
 QUIET_AT = 38  # in struct fuse_in_header
 ACK_EVERY = 32  # messages, or

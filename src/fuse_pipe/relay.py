@@ -23,6 +23,7 @@ from fuse_pipe import messages as m
 from fuse_pipe.channel import (
     ACK,
     ATTRIBUTES,
+    CHANNELS,
     CONTENT,
     FAILED,
     NOTIFY,
@@ -62,9 +63,11 @@ class Relay:
         """
         Arguments:
             connect: makes a new connection to the server; raises OSError while there is none.
-            channels: how many requests can be read from the kernel at a time.
+            channels: how many requests can be read from the kernel at a time, ``CHANNELS`` at most.
             source: what the mount table shows as the device.
         """
+        if not 1 <= channels <= CHANNELS:
+            raise ValueError(f"a mount has 1 to {CHANNELS} channels, not {channels}")
         self.connect = connect
         self.mountpoint = os.path.abspath(mountpoint)
         self.session = os.urandom(16).hex()

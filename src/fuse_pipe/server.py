@@ -280,11 +280,32 @@ class Server:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
+def _make_room(path: str) -> None:
+    """Remove the socket of a server that is gone."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FusePipeError(f"{path} is there already and is not a socket; name another path")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        os.unlink(path)
+        return
+    except BlockingIOError:  # a server that is busy
+        pass
+    raise FusePipeError(f"a server listens on {path} already; end it, or name another path")
+
+
 @contextlib.contextmanager
 def listening(path: str) -> Iterator[socket.socket]:
-    """A Unix socket at ``path``, that only this user can connect to; a stale one is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    """A Unix socket at ``path``, that only this user can connect to; one that nobody listens on is replaced.
+
+    Raises:
+        FusePipeError: something else is there.
+    """
+    _make_room(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:

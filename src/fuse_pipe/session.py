@@ -12,7 +12,7 @@ from typing import Any
 
 from fuse_pipe import locking
 from fuse_pipe import messages as m
-from fuse_pipe.channel import ACK, FAILED, KEPT_MESSAGES, NOTIFY, QUIET_AT, Buffers, Channel, server_channel
+from fuse_pipe.channel import ACK, CHANNELS, FAILED, KEPT_MESSAGES, NOTIFY, QUIET_AT, Buffers, Channel, server_channel
 from fuse_pipe.errors import ConnectionLost, ProtocolError
 from fuse_pipe.operations import ASKED_NEXT, CHANGES, OPERATIONS, SLOW
 from fuse_pipe.volume import Volume
@@ -22,7 +22,6 @@ log = logging.getLogger("fuse_pipe")
 
 # Ends a thread's wait for a lock. It only has to interrupt a system call, so any signal with a handler does.
 WAKE = signal.SIGUSR1
-CHANNELS = 64  # of one mount, at most
 THREADS = 64  # for slow requests, at most; beyond it they wait for one another
 SLOW_MOST = 1024  # slow requests and waits for locks at a time
 REMEMBERED = 256  # interrupts that came before what they interrupt

@@ -23,6 +23,7 @@ from fuse_support import Client, client, error_of, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuse_pipe import __main__ as command
 from fuse_pipe import channel
 from fuse_pipe import journal as journal_module
 from fuse_pipe import messages as m
@@ -842,3 +843,49 @@ def test_a_relay_that_does_not_know_of_it_gets_nothing_ahead(tmp_path: Path) -> 
         notifications.close()
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["serve", ".", "--socket", "precious"], 1, "precious is there already and is not a socket"),
+        (["serve", ".", "--socket", "live"], 1, "a server listens on live already"),
+        (["serve", "missing", "--socket", "new"], 1, "missing does not exist"),
+        (["serve", ".", "--socket", "new", "--owner", "joe"], 2, "'joe' is not UID:GID in numbers"),
+        (["serve", ".", "--socket", "new", "--owner", "1:users"], 2, "'1:users' is not UID:GID in numbers"),
+        (["mount", "live", ".", "--channels", "0"], 2, "'0' is not a number from 1 to 64"),
+        (["mount", "live", ".", "--channels", "65"], 2, "'65' is not a number from 1 to 64"),
+    ],
+)
+def test_commands_that_make_no_sense_say_why(
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("precious").write_text("content")
+    with listening("live"):
+        assert exit_code(arguments) == code
+    assert words in capsys.readouterr().err
+    assert Path("precious").read_text() == "content"
+    assert not Path("new").exists()
+
+
+def test_the_socket_of_a_server_that_is_gone_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(path))
+    with listening(str(path)) as listener, socket.socket(socket.AF_UNIX) as connecting:
+        connecting.connect(str(path))
+        listener.accept()[0].close()
+
+
+def exit_code(arguments: list[str]) -> object:
+    """Of ``python -m fuse_pipe``."""
+    try:
+        return command.main(arguments)
+    except SystemExit as ended:
+        return ended.code
