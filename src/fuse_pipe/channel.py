@@ -89,6 +89,7 @@ class Channel:
         self.received = 0
         self.base = 0  # the number of unacked[0]
         self.unacked: deque[Buffers] = deque()
+        self.leaving: Sequence[Buffers] = ()  # what ``send`` is about to be called with, for ``unknown``
         self.dropped: Callable[[Buffers], None] | None = None  # told what the peer has, to use its buffer again
         self._ack = bytearray(ack)
         self._acked = 0
@@ -133,6 +134,8 @@ class Channel:
             if len(self.unacked) > KEPT_MESSAGES or self.kept > KEPT_BYTES:
                 raise ProtocolError("nothing is acknowledged")
             self.unacked.extend(messages)
+            if messages is self.leaving:
+                self.leaving = ()
             self.kept += sum(len(buffer) for message in messages for buffer in message)
             if self.sock is None:
                 return
@@ -146,6 +149,12 @@ class Channel:
                 send_all(self.sock, buffers)
             except OSError:  # whoever reads this connection notices as well, and sees to a new one
                 self.sock = None
+
+    def unknown(self) -> list[Buffers]:
+        """All that the peer may not have. Does not wait for a peer that takes nothing, as ``send`` may at this moment."""
+        leaving = self.leaving
+        unacked = list(self.unacked)
+        return unacked if any(message is leaving[0] for message in unacked if leaving) else [*unacked, *leaving]
 
     def attach(self, sock: socket.socket, received: int) -> None:
         """Go on over a new connection whose peer has taken in ``received``; the rest is sent again."""

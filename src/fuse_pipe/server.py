@@ -224,6 +224,7 @@ class Server:
                             if channel.received >= most:
                                 break
                     finally:
+                        channel.leaving = replies
                         if (journal := session.volume.journal) is not None:
                             journal.flush()
                             if journal.outgrown():

@@ -66,7 +66,7 @@ def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
                     c.number,
                     c.received,
                     c.base,
-                    [_text(b"".join(bytes(part) for part in message)) for message in c.unacked],
+                    [_text(b"".join(bytes(part) for part in message)) for message in c.unknown()],
                 ]
                 for c in session.channels.values()
             ]

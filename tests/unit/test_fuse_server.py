@@ -2,6 +2,7 @@
 ranges.
 """
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -411,6 +412,35 @@ def test_a_request_is_in_the_state_until_its_answer_is(tmp_path: Path, monkeypat
     go.set()
     assert m.decode_reply(m.FSYNC, c.receive())[0] == unique
     wait_for(lambda: not server.save()["sessions"][0]["waiting"], "the end of the request")
+    c.close()
+    server.close()
+
+
+def test_answers_that_are_about_to_be_sent_are_in_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request counts as taken in: a clone's relay would not ask again."""
+    reached, go = threading.Event(), threading.Event()
+    send = channel.Channel.send
+
+    def late(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        if messages:
+            reached.set()
+            assert go.wait(60)
+        send(self, messages)
+
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    with monkeypatch.context() as patch:
+        patch.setattr(channel.Channel, "send", late)
+        unique = c.send(m.GETATTR)
+        assert reached.wait(60)
+        (before,) = server.save()["sessions"][0]["channels"]
+        go.set()
+        answer = c.receive()
+    (after,) = server.save()["sessions"][0]["channels"]
+    assert m.OUT_HEADER.unpack_from(answer)[2] == unique
+    assert base64.b64decode(before[3][-1]) == answer
+    assert before == after
     c.close()
     server.close()
 
