@@ -19,6 +19,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("a", "b", "a b", "a,b", "a:b", "back\\slash", "a,b:ro"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "a" / "sub").mkdir()
+    (tmp_path / "a" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to("anywhere")
     return tmp_path
 
 
@@ -39,6 +42,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ([r"a\,b\:ro:/x"], [("a,b:ro", "/x", False)]),
         ([r"back\slash:/x\\y"], [("back\\slash", "/x\\y", False)]),
         (["a:/data,b:/data/nested"], [("a", "/data", False), ("b", "/data/nested", False)]),
+        (["a:/a:ro,b:/a/sub"], [("a", "/a", True), ("b", "/a/sub", False)]),
+        (["a:/a:ro,b:/a/link"], [("a", "/a", True), ("b", "/a/link", False)]),
+        (["a:/a,b:/a/x,b:/a/x/y"], [("a", "/a", False), ("b", "/a/x", False), ("b", "/a/x/y", False)]),
         (["./a/../b/:/x//y/"], [("b", "/x/y", False)]),
         ([".:/here"], [(".", "/here", False)]),
     ],
@@ -74,6 +80,13 @@ def test_malformed_maps_say_how_it_is_written(text: str) -> None:
         (["a:/x", "b:/y/../x"], UsageError, "/x"),
         (["missing:/x"], NotFoundError, "missing cannot be mapped: No such file"),
         (["a:/\udcff"], UsageError, "UTF-8"),
+        (["a:/a:ro,rw"], UsageError, "contradict"),
+        (["a:/a:ro,b:/a/not-there"], VolumeError, "/a, which is read-only and has no such directory"),
+        (["b:/a/not-there,a:/a:ro"], VolumeError, "has no such directory"),
+        (["a:/a:ro,b:/a/file"], VolumeError, "is to show a directory"),
+        (["a:/a,file:/a/sub"], VolumeError, "is to show a file"),
+        (["a:/a:ro,file:/a/new"], VolumeError, "has no such file"),
+        (["file:/f,b:/f/x"], VolumeError, "which is a file"),
         ([f"a:/{n}" for n in range(MOST + 1)], UsageError, str(MOST)),
     ],
 )

@@ -43,7 +43,7 @@ def parse_all(texts: Iterable[str]) -> list[Volume]:
 
     Raises:
         UsageError: one is malformed, its guest path not absolute, or two have the same one.
-        NotFoundError: the host has no such path. VolumeError: it cannot be mapped.
+        NotFoundError: the host has no such path. VolumeError: it cannot be mapped, or not into another one.
     """
     volumes: dict[str, Volume] = {}
     for text in texts:
@@ -54,6 +54,8 @@ def parse_all(texts: Iterable[str]) -> list[Volume]:
             volumes[volume.guest] = volume
     if len(volumes) > MOST:
         raise UsageError(f"A VM has at most {MOST} volumes, not {len(volumes)}.", hint="map a directory above them")
+    for volume in volumes.values():
+        _check_place(volume, volumes)
     return list(volumes.values())
 
 
@@ -102,6 +104,8 @@ def _volume(text: str, fields: list[str]) -> Volume:
     for option in options:
         if option not in OPTIONS:
             raise UsageError(f"--map {text!r}: there is no option {option!r}.", hint=HINT)
+    if {"ro", "rw"} <= set(options):
+        raise UsageError(f"--map {text!r}: ro and rw contradict each other.", hint="leave one of them out")
     guest = _guest(text, fields[1])
     host = os.path.realpath(fields[0])
     return Volume(host, guest, read_only="ro" in options, file=_is_file(host))
@@ -116,6 +120,33 @@ def _guest(text: str, path: str) -> str:
     if any(0xD800 <= ord(character) < 0xE000 for character in normal):
         raise UsageError(f"--map {text!r}: the guest path is not UTF-8.")
     return normal
+
+
+def _check_place(volume: Volume, volumes: dict[str, Volume]) -> None:
+    """Whether a volume that lies inside another one can be shown there; the container runtime makes what is missing, if it may."""
+    above = posixpath.dirname(volume.guest)
+    while above not in volumes:
+        if above == "/":
+            return
+        above = posixpath.dirname(above)
+    outer = volumes[above]
+    place = os.path.join(outer.host, posixpath.relpath(volume.guest, above))
+    if outer.file:
+        raise VolumeError(f"{volume.guest} cannot lie in {above}, which is a file.", hint="choose another guest path")
+    if os.path.islink(place):  # leads somewhere in the container
+        return
+    kind = "file" if volume.file else "directory"
+    if outer.read_only and not os.path.exists(place):
+        make = f"mkdir -p {place}" if kind == "directory" else f"touch {place}"
+        raise VolumeError(
+            f"{volume.guest} lies in {above}, which is read-only and has no such {kind}.",
+            hint=f"{make}; or leave out the ro of {above}",
+        )
+    if os.path.exists(place) and os.path.isdir(place) == volume.file:
+        raise VolumeError(
+            f"{volume.guest} is to show a {kind}, and {place}, where it lies in {above}, is none.",
+            hint="choose another guest path",
+        )
 
 
 def _is_file(path: str) -> bool:
