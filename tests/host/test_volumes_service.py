@@ -4,6 +4,7 @@ Its owner is a process of its own, as the supervisor of a VM is, and the relay o
 """
 
 import contextlib
+import ctypes
 import json
 import marshal
 import os
@@ -25,6 +26,8 @@ from fcvm.volumes import service
 from fcvm.volumes.service import JOURNALS, LOG, Volumes
 from fcvm.volumes.spec import Volume
 from fuse_pipe import linux
+
+MS_REMOUNT = 32
 
 OWNER = """
 import json, os, sys
@@ -272,3 +275,13 @@ def test_without_volumes_there_is_no_process(tmp_path: Path) -> None:
         volumes.restart()
         assert volumes.save() == []
         assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_is_the_servers_word(base: Path) -> None:
+    """Whatever the guest makes of its own mount."""
+    (base / "host" / "f").write_text("content")
+    with Owner(base / "vm", f"{base}/host:/a:ro"), mounted(base / "vm/vsock.sock_5000", base / "mount") as point:
+        assert ctypes.CDLL(None).mount(None, os.fsencode(point), None, MS_REMOUNT, None) == 0
+        assert error_of((point / "new").touch) == "EROFS"
+        assert error_of((point / "f").write_text, "x") == "EROFS"
+    assert (base / "host" / "f").read_text() == "content"
