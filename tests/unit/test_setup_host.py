@@ -234,3 +234,18 @@ def test_a_host_where_nothing_was_set_up(settings: Config, capsys: pytest.Captur
     assert by_name["Setup"]["hint"] == "fcvm setup"
     assert by_name["Storage"]["hint"] == "fcvm setup --storage-only"
     assert not Path(settings.base_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("instances", "watches", "status", "hint"),
+    [
+        (128, 65536, "ok", None),
+        (16, 65536, "warn", "sudo sysctl -w fs.inotify.max_user_instances=128"),
+        (128, 100, "warn", "sudo sysctl -w fs.inotify.max_user_watches=8192"),
+    ],
+)
+def test_few_watches_are_told_of(tmp_path: Path, instances: int, watches: int, status: str, hint: str | None) -> None:
+    (tmp_path / "max_user_instances").write_text(f"{instances}\n")
+    (tmp_path / "max_user_watches").write_text(f"{watches}\n")
+    found = checks.watches(tmp_path)
+    assert (found.status, found.hint) == (status, hint)

@@ -27,6 +27,9 @@ PROGRAMS = {
     "skopeo": ("skopeo", "it fetches container images"),
 }
 
+# What Linux gives every user at least. Each volume takes one of the first, each directory of one that a guest looks into one of the second.
+WATCHES = {"max_user_instances": 128, "max_user_watches": 8192}
+
 SPACE_WARN = 10 << 30
 SPACE_FAIL = 1 << 30
 
@@ -51,6 +54,7 @@ def every(config: Config, layout: Layout) -> Iterator[Check]:
         yield memory(config)
     else:
         yield from networks("bridged" if os.geteuid() == 0 else "rootless")
+        yield watches()
     yield nesting(machine)
     ready = prepared(config, layout)
     yield from programs(ready.status == "ok")
@@ -109,6 +113,17 @@ def networks(mode: str) -> Iterator[Check]:
         yield Check("Networks", "fail", error.message, error.hint)
     if not problems:
         yield Check("Networks", "ok", f"VMs can have networks ({mode}).")
+
+
+def watches(settings: Path = Path("/proc/sys/fs/inotify")) -> Check:
+    """Whether this user may watch what volumes show: what is not watched, a guest sees a second late."""
+    limits = {name: int((settings / name).read_text()) for name in WATCHES}
+    shown = ", ".join(f"fs.inotify.{name} = {value}" for name, value in limits.items())
+    raised = " ".join(f"fs.inotify.{name}={WATCHES[name]}" for name, value in limits.items() if value < WATCHES[name])
+    if raised:
+        detail = f"{shown}: beyond it, guests see what the host changes a second late."
+        return Check("Volumes", "warn", detail, f"sudo sysctl -w {raised}")
+    return Check("Volumes", "ok", f"{shown}.")
 
 
 def nesting(machine: bool) -> Check:
