@@ -66,6 +66,8 @@ def _serve(args: argparse.Namespace) -> int:
 
     if not os.path.exists(args.directory) and not (args.journals and any(Path(args.journals).glob("*.journal"))):
         raise FusePipeError(f"{args.directory} does not exist, and no mounts of it are noted; make it first")
+    if os.path.exists(args.directory) and not (os.path.isdir(args.directory) or os.path.isfile(args.directory)):
+        raise FusePipeError(f"{args.directory} is neither a directory nor a file; name its directory")
     with listening(args.socket) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: listener.shutdown(socket.SHUT_RDWR))
@@ -95,7 +97,10 @@ def _mount(args: argparse.Namespace) -> int:
     relay = Relay(connect, args.mountpoint, channels=args.channels)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: relay.unmount())
-    relay.mount()
+    try:
+        relay.mount()
+    except OSError as error:
+        raise FusePipeError(f"{args.socket} cannot be mounted on {args.mountpoint}: {error.strerror}") from error
     relay.run()
     return 0
 

@@ -26,7 +26,7 @@ _MULTIGRAIN = ("btrfs", "ext4", "tmpfs", "xfs")
 # File systems that are changed by others than this kernel's programs, so that no event (inotify) tells of it: by other hosts,
 _REMOTE = ("fuse", "virtiofs", "nfs", "cifs", "smb", "9p", "ceph", "afs", "vboxsf", "lustre", "gfs2", "ocfs2")
 # or by the kernel itself. The size of such files is not that of what is read, and what is read is another thing each time.
-_OF_KERNEL = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "pstore", "efivarfs", "bpf")
+_OF_KERNEL = frozenset(("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "pstore", "efivarfs", "bpf"))
 _LINUX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 # Nodes that a kernel may hold references to; each takes some 400 bytes here.

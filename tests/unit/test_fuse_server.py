@@ -881,6 +881,8 @@ def test_a_relay_that_does_not_know_of_it_gets_nothing_ahead(tmp_path: Path) -> 
         (["serve", ".", "--socket", "precious"], 1, "precious is there already and is not a socket"),
         (["serve", ".", "--socket", "live"], 1, "a server listens on live already"),
         (["serve", "missing", "--socket", "new"], 1, "missing does not exist"),
+        (["serve", "/dev/null", "--socket", "new"], 1, "/dev/null is neither a directory nor a file"),
+        (["mount", "none", "."], 1, "none cannot be mounted on .: No such file"),
         (["serve", ".", "--socket", "new", "--owner", "joe"], 2, "'joe' is not UID:GID in numbers"),
         (["serve", ".", "--socket", "new", "--owner", "1:users"], 2, "'1:users' is not UID:GID in numbers"),
         (["mount", "live", ".", "--channels", "0"], 2, "'0' is not a number from 1 to 64"),
