@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -18,7 +19,7 @@ from images_support import CONFIG, image, lower, read_erofs, upper
 
 from fcvm import process
 from fcvm.errors import ImageError
-from fcvm.images import compression, disk
+from fcvm.images import compression, disk, users
 
 
 def unpack(archive: Path, directory: Path, compress: Callable[[bytes], bytes] = lambda data: data) -> disk.Manifest:
@@ -192,3 +193,50 @@ def test_a_configuration_that_makes_no_sense(change: dict[str, object]) -> None:
     manifest = disk.Manifest(b"", "sha256:" + "1" * 64, id, (disk.Blob("sha256:" + "2" * 64, 1),))
     with pytest.raises(ImageError, match="damaged"):
         disk.parse_config(raw, manifest)
+
+
+PASSWD = {
+    "root:x:0:0:root:/root:/bin/sh\nnode:x:1000:1001::/home/node:/bin/sh\n": "etc/passwd",
+    "node:x:7:7::/:\n": "etc/passwd-",
+    "root:x:0:\nstaff:x:50:node\n": "etc/group",
+}
+
+
+def layer_of(files: dict[str, str]) -> bytes:
+    """A layer with these files: content -> name."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for content, name in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ("node", "1000:1001"),
+        ("1000", "1000:1001"),
+        ("node:staff", "1000:50"),
+        ("node:8", "1000:8"),
+        ("4000", "4000:0"),
+        ("4000:staff", "4000:50"),
+        ("nobody-knows", "0:0"),
+        ("", "0:0"),
+    ],
+)
+def test_a_containers_user_in_numbers(tmp_path: Path, user: str, expected: str) -> None:
+    """By the passwd of the uppermost layer that has one; a layer above has a large /etc."""
+    many = {f"{n}": f"etc/{'long' * 20}-{n}" for n in range(200)}
+    lowest = layer_of({"node:x:1:1::/:\n": "etc/passwd"})
+    archive = image(tmp_path / "image.tar", layers=[lowest, layer_of(PASSWD), layer_of(many)])
+    write(tmp_path / "image", unpack(archive, tmp_path / "image"))
+    assert users.numbers(tmp_path / "image.img", user) == expected
+
+
+def test_a_user_in_an_image_without_users(tmp_path: Path) -> None:
+    write(tmp_path / "image", unpack(image(tmp_path / "image.tar"), tmp_path / "image"))
+    assert users.numbers(tmp_path / "image.img", "node") == "0:0"
+    (tmp_path / "empty").touch()
+    assert users.numbers(tmp_path / "empty", "1000:node") == "1000:0"

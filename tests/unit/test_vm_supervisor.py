@@ -566,9 +566,14 @@ def test_a_warming_that_was_lost_with_its_connection_is_asked_for_again(vm: Supe
     assert said.types() == ["warm", "warm", "plan"]
 
 
-@pytest.mark.parametrize(("user", "ids"), [(None, (1000, 100)), ("0", (0, 0)), ("7", (7, 0))])
-def test_volumes_are_the_containers_users(user: str | None, ids: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("user", "known", "ids"),
+    [(None, None, (1000, 100)), ("0", None, (0, 0)), ("7", None, (7, 0)), ("node", "8:9", (8, 9))],
+)
+def test_volumes_are_the_containers_users(
+    user: str | None, known: str | None, ids: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor, "Volumes", lambda *_, owner, states: owner)
-    spec = RunSpec(name="owned", image=ImageUse("image", "sha256:1", "sha256:2", "/image", user="1000:100"), user=user)
+    spec = RunSpec(name="owned", image=ImageUse("image", "sha256:1", "sha256:2", "/image", user="1000:100"), user=user, owner=known)
     vm = SimpleNamespace(spec=spec, directory=Path("/vm"), start=SimpleNamespace(volumes=lambda _: None))
     assert Supervisor._serve_volumes(vm) == ids  # type: ignore[arg-type,comparison-overlap]

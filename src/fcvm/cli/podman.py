@@ -153,6 +153,11 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
         path=str(image.path),
         user=image.config.get("User") or "",
     )
+    user = args.user or use.user
+    if user and draft["volumes"]:
+        from fcvm.images import users
+
+        draft["owner"] = users.numbers(image.path, user)
     args.spec = RunSpec(image=use, **draft).to_json()
 
 

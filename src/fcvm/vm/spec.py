@@ -43,6 +43,7 @@ class RunSpec(Struct):
         health_check: ``None`` (the image's HEALTHCHECK or "it runs") or a URL asked in the guest.
         kernel: path of a vmlinux on the user's host; None for the one from setup.
         log_prefix: None: on those of stdout and stderr that are terminals.
+        owner: the container's user as ``UID:GID``, by what the image knows of it, if volumes are to be that user's.
         nested: path on the user's host of the disk for a VM that runs VMs itself; None for any other VM.
         snapshot: whether to start from a boot snapshot; ``warm``: from one with the application up (vm/warm.py).
     """
@@ -77,6 +78,7 @@ class RunSpec(Struct):
     snapshot: bool = True
     nested: str | None = None
     warm: bool = False
+    owner: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -259,7 +259,7 @@ class Supervisor:
     def _serve_volumes(self) -> Volumes:
         spec = self.spec
         vsock_path, states = self.directory / paths.VSOCK, self.start.volumes(self)
-        return Volumes(spec.volumes, vsock_path, owner=owner(spec.user or spec.image.user), states=states)
+        return Volumes(spec.volumes, vsock_path, owner=owner(spec.owner or spec.user or spec.image.user), states=states)
 
     def _leave(self) -> None:
         """The end of the VM's directory; of a kept VM only the logs stay, with why it ended at the end of the console's."""

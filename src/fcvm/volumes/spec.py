@@ -60,7 +60,7 @@ def parse_all(texts: Iterable[str]) -> list[Volume]:
 
 
 def owner(user: str) -> tuple[int, int]:
-    """The numbers in a container's user, ``USER[:GROUP]``; 0 for names, which only the image can tell."""
+    """The numbers in a container's user, ``USER[:GROUP]``; 0 for names."""
     uid, _, gid = user.partition(":")
     return _number(uid), _number(gid)
 
