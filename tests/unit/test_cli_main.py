@@ -277,9 +277,20 @@ def test_vms_are_stopped_all_at_once_and_one_that_refuses_keeps_no_other(tmp_pat
             (layout.directory("vms") / record.id).mkdir()
             listener = stack.enter_context(sockets.listen(layout.vms / record.id / rpc.SOCKET))
             threading.Thread(target=supervisor, args=(listener, name), daemon=True).start()
-        done = fcvm("stop", "--all", base=tmp_path)
-    assert (done.returncode, done.stdout) == (125, "a\nc\n")
-    assert "b is stubborn." in done.stderr
+        done = fcvm("stop", "a", "nobody", "b", "c", base=tmp_path)
+        assert (done.returncode, done.stdout) == (125, "a\nc\n")
+        assert "b is stubborn." in done.stderr
+        assert "'nobody'" in done.stderr
+
+
+def test_what_is_removed_is_not_kept_by_what_is_not_there(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    for number, name in enumerate(("a", "b")):
+        record = Record(f"{number:012}", name, 0, "exited", "stopped", "image", time.time(), 1, 512, keep=True)
+        state.register(layout, record).close()
+    done = fcvm("rm", "a", "nobody", "b", base=tmp_path)
+    assert (done.returncode, done.stdout) == (125, "a\nb\n")
+    assert "'nobody'" in done.stderr
 
 
 def test_removing_snapshots_goes_on_where_there_is_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 
 from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
+from fcvm.cli.each import each
 from fcvm.errors import ConflictError, UsageError
 from fcvm.vm import state
 
@@ -23,12 +24,15 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     layout = context.layout
     state.sweep(layout)
-    found = [state.find(layout, name=name, alive=False) for name in args.names]
-    if args.all:
-        found = [record for record in state.records(layout) if not state.is_alive(layout, record.id)]
-    for record in found:
+
+    def remove(name: str) -> None:
+        record = state.find(layout, name=name, alive=False)
         if state.is_alive(layout, record.id):
             raise ConflictError(f"The VM {record.name!r} is running.", hint=f"fcvm stop {record.name}")
         state.forget(layout, record.id)
         print(record.name)
+
+    if args.all:
+        args.names = [record.name for record in state.records(layout) if not state.is_alive(layout, record.id)]
+    each(args.names, remove)
     return 0

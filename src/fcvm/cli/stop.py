@@ -3,11 +3,11 @@
 import argparse
 import contextlib
 from concurrent import futures
-from pathlib import Path
 
 from fcvm.cli import target
 from fcvm.cli.completions import vm_names
 from fcvm.cli.context import Context
+from fcvm.cli.each import each
 from fcvm.cli.values import number
 from fcvm.errors import NotFoundError, UsageError
 from fcvm.vm import rpc, state
@@ -37,21 +37,22 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     layout = context.layout
     state.sweep(layout)
+    known: dict[str, state.Record] = {}
     if args.all:
-        found = [record for record in state.records(layout) if state.is_alive(layout, record.id)]
+        known = {record.name: record for record in state.records(layout) if state.is_alive(layout, record.id)}
+        names = list(known)
+    elif args.pid is not None:
+        names = [target.find_vm(args, layout).name, *args.words]
     else:
-        found = [target.find_vm(args, layout), *(state.find(layout, name=name) for name in args.words)]
+        names = [args.name, *args.words]
+
+    def stop(name: str) -> str:
+        record = known.get(name) or state.find(layout, name=name)
+        with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
+            rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
+        return record.name
+
     with futures.ThreadPoolExecutor(AT_ONCE) as threads:
-        ends = [threads.submit(end, layout.vms / record.id, args.timeout) for record in found]
-        for record, ended in zip(found, ends, strict=True):
-            if ended.exception() is None:
-                print(record.name, flush=True)
-    for ended in ends:
-        ended.result()  # raises what went wrong, the others being stopped
+        ends = {name: threads.submit(stop, name) for name in names}
+        each(names, lambda name: print(ends[name].result(), flush=True))
     return 0
-
-
-def end(directory: Path, timeout: int | None) -> None:
-    """Have the VM in ``directory`` stopped, and wait for its end."""
-    with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
-        rpc.call(directory, {"op": "stop", "timeout": timeout})
