@@ -175,6 +175,30 @@ def test_the_background_tells_of_its_death() -> None:
     assert caught.value.hint == "look"
 
 
+def test_a_caller_that_is_late_to_listen_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    passing_on = background._passing_on
+    begun, listening = os.pipe(), os.pipe()
+
+    @contextlib.contextmanager
+    def late(child: int) -> Iterator[list[int]]:
+        with passing_on(child) as signals:
+            os.read(begun[0], 1)
+            threading.Timer(0.5, os.write, (listening[1], b"x")).start()
+            yield signals
+
+    def work(ready: Callable[[], None]) -> int:
+        os.write(begun[1], b"x")
+        os.read(listening[0], 1)
+        ready()
+        return 7
+
+    monkeypatch.setattr(background, "_passing_on", late)
+    child = background.detached("The work", work, hint="look")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for fd in (*begun, *listening):
+        os.close(fd)
+
+
 def test_work_in_the_background_goes_on_once_it_is_ready() -> None:
     done, tell = os.pipe()
     go, let = os.pipe()

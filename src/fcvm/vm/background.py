@@ -39,22 +39,26 @@ def detached(what: str, work: Work, *, hint: str) -> int:
         SystemExit: a signal came before it was ready; it has ended by that as well.
     """
     read, write = os.pipe()
+    ours, theirs = os.pipe()  # nobody reads here: on Linux 6.12 that would raise the signal for the end of whoever reads
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until whoever gets one knows what to do
     child = os.fork()
     if child == 0:
         os.close(read)
+        os.close(ours)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-        _live(work, write, hint)
+        _live(work, write, theirs, hint)
     os.close(write)
-    with os.fdopen(read, "rb") as report, _passing_on(child) as signals:
+    os.close(theirs)
+    with os.fdopen(ours, "rb"), os.fdopen(read, "rb") as report, _passing_on(child) as signals:
         line = report.read()
         if signals:
             os.waitpid(child, 0)
     if signals:
         raise SystemExit(128 + signals[0])
     if not line:
-        os.waitpid(child, 0)
-        raise FcvmError(f"{what} died while it started.", hint=hint)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        raise FcvmError(f"{what} died while it started, {how}.", hint=hint)
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         os.waitpid(child, 0)
@@ -81,7 +85,8 @@ def _passing_on(child: int) -> Iterator[list[int]]:
         os.close(pidfd)
 
 
-def _live(work: Work, report: int, hint: str) -> NoReturn:
+def _live(work: Work, report: int, caller: int, hint: str) -> NoReturn:
+    """Be the background process: ``report`` is the pipe for what there is to tell, ``caller`` one that breaks with our caller."""
     code = 125
     told = False
 
@@ -89,15 +94,16 @@ def _live(work: Work, report: int, hint: str) -> NoReturn:
         nonlocal told
         if not told:
             told = True
-            leash.forget(report)
+            leash.forget(caller)
+            os.close(caller)
             with contextlib.suppress(OSError):
                 os.write(report, json.dumps(answer).encode())
             os.close(report)
 
     try:
         os.setsid()
-        leash.watch(report, os.getpid(), signal.SIGTERM)
-        if _is_broken(report):  # our caller was killed before
+        leash.watch(caller, os.getpid(), signal.SIGTERM)
+        if _is_broken(caller):  # our caller was killed before
             os._exit(code)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
