@@ -92,6 +92,9 @@ def test_global_options_may_stand_before_the_command() -> None:
         (["podman", "run", "-d", "--timings", "x"], "--timings"),
         (["podman", "run", "-d", "--log-prefix", "x"], "not shown"),
         (["podman", "run", "--"], "No image is named"),
+        (["podman", "run", "--entrypoint", "--", "x"], "--entrypoint"),
+        (["podman", "run", "--rm=maybe", "x"], "--rm is true or false, not 'maybe'"),
+        (["podman", "run", "--name", "--rm", "x"], "'--rm' cannot name a VM"),
         (["podman", "run", "--entrypoint", "[1]", "x"], "--entrypoint"),
         (["podman", "run", "--entrypoint", "[" * 50_000, "x"], "--entrypoint"),
         (["snapshot", "run", "--pid", "1", "--count", "99999999999"], "at most"),
@@ -126,6 +129,25 @@ def test_wrong_words_are_one_sentence_with_a_hint_and_125(words: list[str], mess
     assert first.endswith(".")
     assert message in first
     assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--rm=false", "--privileged=TRUE", "-d=1"], {"rm": False, "privileged": True, "detach": True}),
+        (["--no-rm", "--rm=true", "-t", "--tty=f", "--interactive=0"], {"rm": True, "tty": False, "interactive": False}),
+        (["--no-rm=false", "--no-snapshot=false"], {"rm": True, "no_snapshot": False}),
+        (["--no-rm=true", "--no-snapshot=true"], {"rm": False, "no_snapshot": True}),
+        (["--log-prefix=false"], {"log_prefix": False}),
+        (["--cmd", "-v --rm=false", "-e", "-x=--rm"], {"cmd": "-v --rm=false", "env": ["-x=--rm"], "rm": True}),
+        (["--entrypoint", "-", "-it", "--"], {"entrypoint": "-", "interactive": True, "tty": True}),
+    ],
+)
+def test_options_are_spelled_as_for_podman(words: list[str], expected: dict[str, object]) -> None:
+    rest = ["image", "--rm=no", "--tty=true", "--cmd", "-v"]
+    args = build("podman").parse_args(["podman", "run", *words, *rest])
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.words[-len(rest) :] == rest
 
 
 def test_the_hint_for_a_wrong_option_is_the_help_of_its_command(tmp_path: Path) -> None:

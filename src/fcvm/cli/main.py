@@ -13,7 +13,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from fcvm import __version__
@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # These may stand anywhere before the command's own words; they override settings of the same name.
 GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
 
+TRUE, FALSE = ("1", "t", "true"), ("0", "f", "false")  # as Podman reads them, in any case
 
 vars(argparse)["_"] = lambda text: text  # there are no translations of us, and to look for those of argparse would import locale
 
@@ -73,10 +74,33 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but unknown words are an error of the command that they were given to, whose help is the hint."""
-        known, unknown = super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(self._plain(sys.argv[1:] if args is None else args), namespace)
         if unknown:
             self.error(f"there is no option {unknown[0]}" if unknown[0].startswith("-") else f"unexpected: {unknown[0]!r}")
         return known, unknown
+
+    def _plain(self, args: Sequence[str]) -> list[str]:
+        """What Podman takes as well, as argparse wants it: flags with a value (`--rm=false`), values with a dash (`--cmd -v`).
+
+        Only up to the first word that is no option: behind it a container's command may stand.
+        """
+        words, plain = list(args), list[str]()
+        while words and words[0].startswith("-") and words[0] not in ("-", "--"):
+            word = words.pop(0)
+            option, given, value = word.partition("=")
+            action = self._option_string_actions.get(option)
+            if given and isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+                if value.lower() not in TRUE + FALSE:
+                    self.error(f"{option} is true or false, not {value!r}")
+                on = (value.lower() in TRUE) != option.startswith("--no-")
+                plain = [earlier for earlier in plain if earlier not in action.option_strings]  # the last one counts
+                plain += [name for name in action.option_strings if name[:2] == "--" and on != name.startswith("--no-")][:1]
+            elif action is not None and action.nargs is None and not given and words:
+                value = words.pop(0)
+                plain += [f"{option}={value}"] if value.startswith("-") and value != "--" else [word, value]
+            else:
+                plain.append(word)
+        return plain + words
 
 
 def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
