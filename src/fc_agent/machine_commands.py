@@ -123,8 +123,8 @@ class Command:
                 set_size(self.terminal, request.rows, request.columns)
                 os.fchown(line, uid, -1)
                 standard = dict.fromkeys((name for name in STREAMS if name not in request.pipes), line)
-                kind = STDOUT if "stdout" in standard else STDERR
-                self.outputs[self.terminal] = reader(self.terminal, kind)
+                if "stdout" in standard or "stderr" in standard:  # else it shows nothing but an echo, which is the user's own
+                    self.outputs[self.terminal] = reader(self.terminal, STDOUT if "stdout" in standard else STDERR)
                 if not request.stdin or "stdin" not in standard:  # the user's terminal is not raw: line ends are its affair
                     modes = termios.tcgetattr(line)
                     modes[1] &= ~termios.OPOST

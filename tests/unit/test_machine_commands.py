@@ -286,3 +286,15 @@ os.open("/dev/tty", os.O_RDWR)
         assert (out, err) == (expected, b"shown\n")
     else:
         assert sorted(out.splitlines()) == sorted([*expected.splitlines(), b"shown"])
+
+
+def test_keys_for_a_command_whose_output_is_elsewhere(place: Place) -> None:
+    """As in `run -it IMAGE sh >out 2>err`: their echo is not output."""
+    read, write = os.pipe()
+    os.write(write, b"keys\n")
+    script = "print(os.isatty(0), os.isatty(1), os.get_terminal_size(0), sys.stdin.readline())"
+    ended, out, err = place.run(script, stdin=read, tty=True, pipes=["stdout", "stderr"], rows=33, columns=99)
+    os.close(read)
+    os.close(write)
+    assert (ended.code, err) == (0, b"")
+    assert out == b"True False os.terminal_size(columns=99, lines=33) keys\n\n"

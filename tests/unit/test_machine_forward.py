@@ -58,3 +58,27 @@ def test_without_a_machine_that_runs_setup_comes_first(after_an_upgrade: tuple[C
     with pytest.raises(SetupError):
         forward.forward(ENVELOPE, settings, needs_assets=False)
     assert given == run == []
+
+
+@pytest.mark.parametrize(
+    ("terminals", "args", "tty", "stdin", "pipes"),
+    [
+        ((0, 1, 2), {}, True, False, []),  # what is typed is for the shell that runs us, and Ctrl-Z stops us
+        ((0, 1, 2), {"tty": True}, True, False, []),
+        ((0, 1, 2), {"interactive": True}, True, True, []),
+        ((0, 1), {"interactive": True, "tty": True}, True, True, ["stderr"]),
+        ((1, 2), {"interactive": True}, True, True, ["stdin"]),
+        ((0,), {"interactive": True, "tty": True}, True, True, ["stdout", "stderr"]),
+        ((0,), {"interactive": True}, False, True, ["stdout", "stderr"]),
+        ((), {}, False, False, ["stdin", "stdout", "stderr"]),
+    ],
+)
+def test_a_command_has_the_terminals_that_it_has_here(
+    after_an_upgrade: tuple[Config, list[Plan], list[Request]], monkeypatch: pytest.MonkeyPatch,
+    terminals: tuple[int, ...], args: dict[str, bool], tty: bool, stdin: bool, pipes: list[str],
+) -> None:  # fmt: skip
+    settings, _, run = after_an_upgrade
+    monkeypatch.setattr(state, "read", lambda places: State("running"))
+    monkeypatch.setattr(forward.os, "isatty", terminals.__contains__)
+    forward.forward({**ENVELOPE, "args": args}, settings, needs_assets=False)
+    assert (run[0].tty, run[0].stdin, run[0].pipes) == (tty, stdin, pipes)

@@ -59,9 +59,9 @@ def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool =
         user=None if os.geteuid() == 0 else str(os.geteuid()),
         env=environment(wanted),
         cwd="/",
-        tty=_tty(),
+        tty=_tty(envelope["args"]),
         pipes=[name for fd, name in enumerate(("stdin", "stdout", "stderr")) if not os.isatty(fd)],
-        stdin=has_terminal() or bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
+        stdin=bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
         grace=0,
     )
     try:
@@ -125,15 +125,12 @@ def _prepare(config: Config, layout: Layout, assets: Assets | None, wanted: Plan
 
 def has_terminal() -> bool:
     """Whether all our streams are one terminal, and we are in its foreground: in the background, leave it alone."""
-    try:
-        return all(os.isatty(fd) for fd in (0, 1, 2)) and os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:
-        return False
+    return all(os.isatty(fd) for fd in (0, 1, 2)) and _open(0)
 
 
-def _tty() -> bool:
-    """Whether the command gets a terminal: if ours is behind stdout or stderr, so that it writes as it would here."""
-    return any(os.isatty(fd) and _open(fd) for fd in (1, 2))
+def _tty(args: Mapping[str, Any]) -> bool:
+    """Whether the command gets a terminal, so that it writes as it would here; it takes keys from ours if it has to (-it)."""
+    return os.isatty(1) or os.isatty(2) or (bool(args.get("tty")) and os.isatty(0))
 
 
 def _open(fd: int) -> bool:
