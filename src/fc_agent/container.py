@@ -183,15 +183,15 @@ def why(code: int, oom: bool) -> str | None:
 
 
 def signal_number(name: str) -> int:
-    """``SIGTERM``, ``TERM``, ``15``, ``RTMIN+3`` and ``RTMAX-3`` are signals; anything else is SIGTERM."""
+    """``SIGTERM``, ``TERM``, ``15``, ``RTMIN+3`` and ``RTMAX-3`` are signals; anything else is SIGTERM: some signal has to stop it."""
     word = str(name).upper().removeprefix("SIG")
     base, sign, offset = word.partition("-" if "-" in word else "+")
-    try:
-        if word.isdigit():
-            return int(word)
-        return signal.Signals[f"SIG{base}"] + (int(sign + offset) if base.startswith("RT") and offset else 0)
-    except (KeyError, ValueError):
-        return signal.SIGTERM
+    with contextlib.suppress(KeyError, ValueError):
+        further = int(sign + offset) if base.startswith("RT") and offset else 0
+        number = int(word) if word.isdigit() else signal.Signals[f"SIG{base}"] + further
+        if number in signal.valid_signals():
+            return number
+    return signal.SIGTERM
 
 
 def _read_number(path: str) -> int:

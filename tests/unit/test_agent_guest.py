@@ -94,7 +94,10 @@ def test_start_codes(message: str, code: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-3", 61), ("TERM-1", 15), ("nonsense", 15), ("RTMIN+x", 15), ("SIGINT", 2)],
+    [
+        *(("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMIN", 34), ("RTMAX-3", 61), ("SIGINT", 2)),
+        *(("TERM-1", 15), ("nonsense", 15), ("RTMIN+x", 15), ("RTMAX+1", 15), ("0", 15), ("65", 15)),
+    ],
 )
 def test_signal_numbers(name: str, number: int) -> None:
     assert container.signal_number(name) == number

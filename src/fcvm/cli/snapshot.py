@@ -157,6 +157,8 @@ def _prepare_run(args: argparse.Namespace) -> None:
             raise UsageError(f"{option} needs a clone server.", hint=f"fcvm snapshot serve -d {args.snapshot}")
         if wanted and args.exec is not None:
             raise UsageError(f"--exec and {option} do not go together.", hint="fcvm exec runs commands in clones")
+    if args.log_prefix is not None and (args.fleet or args.detach or args.exec is not None):
+        raise UsageError("The clone's own output is not shown.", hint="leave out --log-prefix; fcvm logs NAME")
     if args.name is not None:
         from fcvm.vm.state import check_name
 
