@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, FCVM, TIMEOUT, environment, ok, vm
+from vm.conftest import DEMO, FCVM, TIMEOUT, environment, ok, vm, wait
 
 
 class Terminal:
@@ -81,6 +81,27 @@ def test_keys_sizes_and_ctrl_c_though_stderr_is_a_file(terminal: Terminal, tmp_p
     terminal.until(b"interrupted")
     assert process.wait(TIMEOUT) == 5
     assert vm(vm_name) is None
+
+
+def test_what_is_typed_beside_a_command_without_stdin_is_for_the_next(terminal: Terminal) -> None:
+    process = terminal.start("podman", "run", DEMO, "--", "sh", "-c", "echo running; sleep 2")
+    terminal.until(b"running")
+    terminal.keys(b"next\r")
+    assert process.wait(TIMEOUT) == 0
+    assert os.read(terminal.theirs, 4096) == b"next\n"
+
+
+def test_keys_and_size_though_all_output_is_in_files(terminal: Terminal, tmp_path: Path) -> None:
+    script = "trap 'exit 5' INT; stty size; read word; echo got $word; while :; do sleep 0.2; done"
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        process = terminal.start("podman", "run", "-it", DEMO, "--", "sh", "-c", script, stdout=out, stderr=err)
+    wait(lambda: b"33 77" in (tmp_path / "out").read_bytes())
+    terminal.keys(b"word\r")
+    wait(lambda: b"got word" in (tmp_path / "out").read_bytes())
+    terminal.keys(b"\x03")
+    assert process.wait(TIMEOUT) == 5
+    assert (tmp_path / "out").read_bytes() == b"33 77\r\nword\r\ngot word\r\n^C"
+    assert (tmp_path / "err").read_bytes() == b""
 
 
 def test_a_shell_is_interactive_by_itself_and_ctrl_c_ends_what_has_no_stdin(terminal: Terminal, vm_name: str) -> None:
