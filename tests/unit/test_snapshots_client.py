@@ -4,14 +4,16 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fcvm.errors import UsageError
 from fcvm.linux import descriptors
-from fcvm.snapshots import client
+from fcvm.snapshots import client, server, servers
 from fcvm.snapshots.client import Wanted
 from fcvm.storage.layout import Layout
 
@@ -45,6 +47,20 @@ def test_a_signal_reaches_clones_that_are_asked_for_later(tmp_path: Path, monkey
     monkeypatch.setattr(client, "Clone", Clone)
     assert client.run(Layout(tmp_path), 1, [Wanted(None, [])] * 4, attached=True) == 143
     assert [clone.asked for clone in Clone.made] == [["stop"]] * 4
+
+
+def test_signals_that_end_nothing_reach_the_containers_of_clones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    told: list[dict[str, object]] = []
+    served = server.Client(theirs, {}, [])
+    served.supervisor = SimpleNamespace(ask=told.append)  # type: ignore[assignment]
+    monkeypatch.setattr(servers, "connect", lambda *_: ours)
+    monkeypatch.setattr(client.Clone, "started", lambda self: {"id": "0", "name": "clone"})
+    monkeypatch.setattr(client.Clone, "exit", lambda self: os.kill(os.getpid(), signal.SIGUSR1) or 3)
+    assert client.run(Layout(tmp_path), 1, [Wanted(None, [])], attached=True) == 3
+    served.listen()
+    served.close()
+    assert told == [{"op": "signal", "signal": signal.SIGUSR1}, {"op": "kill"}]
 
 
 class Connected(Clone):

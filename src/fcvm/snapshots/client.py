@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from fc_agent.structs import Struct
 from fcvm.errors import ConflictError, ContainerError, FcvmError, UsageError
-from fcvm.signals import STOPPING, handled
+from fcvm.signals import PASSED_ON, STOPPING, handled
 from fcvm.snapshots import servers
 from fcvm.storage.layout import Layout
 
@@ -71,9 +71,9 @@ class Clone:
             )
         return servers.checked(answer)
 
-    def ask(self, op: str) -> None:
-        """``stop`` or ``kill`` it; or ``detach`` it, which lets it live on after ``close``."""
-        servers.send(self.connection, {"op": op})
+    def ask(self, op: str, **more: int) -> None:
+        """``stop`` or ``kill`` it; send it a ``signal``; or ``detach`` it, which lets it live on after ``close``."""
+        servers.send(self.connection, {"op": op, **more})
 
     def end(self) -> None:
         """Kill it, and see it gone: its name and its ports are free."""
@@ -91,7 +91,7 @@ def run(layout: Layout, pid: int, wanted: Sequence[Wanted], *, attached: bool, d
     """Run clones until they end; returns the exit code of the first that is not 0.
 
     Prints their names once they run, or with ``attached`` their containers' output instead. The first SIGINT, SIGTERM or
-    SIGHUP stops them, the second kills them.
+    SIGHUP stops them, the second kills them; PASSED_ON reach their containers.
 
     Raises:
         NotFoundError: there is no such server. FcvmError: a clone cannot be made; then none of them is left.
@@ -167,13 +167,20 @@ def execute(layout: Layout, pid: int, wanted: Wanted, command: Sequence[str]) ->
 
 @contextlib.contextmanager
 def _stopping(clones: list[Clone]) -> Iterator[list[str]]:
-    """Turn the first signal into a stop of all clones, the next into a kill; yields a list of what was asked of them."""
+    """Turn the first signal into a stop of all clones, the next into a kill; yields a list of what was asked of them.
+
+    Signals that end nothing are passed on to those that there are.
+    """
     asked: list[str] = []
 
     def handle(number: int, frame: object) -> None:
+        if number in PASSED_ON:
+            for clone in clones:
+                clone.ask("signal", signal=int(number))
+            return
         asked.append("kill" if asked else "stop")
         for clone in clones:
             clone.ask(asked[-1])
 
-    with handled(STOPPING, handle):
+    with handled((*STOPPING, *PASSED_ON), handle):
         yield asked

@@ -126,7 +126,7 @@ class Client:
         for message in servers.lines(self.connection):
             if message.get("op") == "detach":
                 self.detached = True
-            elif self.supervisor is not None and message.get("op") in ("stop", "kill"):
+            elif self.supervisor is not None and message.get("op") in ("stop", "kill", "signal"):
                 self.supervisor.ask(message)
         if self.supervisor is not None and not self.detached:
             self.supervisor.ask({"op": "kill"})
