@@ -63,13 +63,14 @@ def test_without_a_machine_that_runs_setup_comes_first(after_an_upgrade: tuple[C
 @pytest.mark.parametrize(
     ("terminals", "args", "tty", "stdin", "pipes"),
     [
-        ((0, 1, 2), {}, True, False, []),  # what is typed is for the shell that runs us, and Ctrl-Z stops us
+        ((0, 1, 2), {}, True, False, ["stdin"]),  # what is typed is for the shell that runs us, and Ctrl-Z stops us
         ((0, 1, 2), {"tty": True}, True, False, []),
-        ((0, 1, 2), {"interactive": True}, True, True, []),
+        ((0, 1, 2), {"interactive": True}, True, True, ["stdin"]),
+        ((0, 1, 2), {"interactive": True, "tty": True}, True, True, []),
         ((0, 1), {"interactive": True, "tty": True}, True, True, ["stderr"]),
         ((1, 2), {"interactive": True}, True, True, ["stdin"]),
         ((0,), {"interactive": True, "tty": True}, True, True, ["stdout", "stderr"]),
-        ((0,), {"interactive": True}, False, True, ["stdout", "stderr"]),
+        ((0,), {"interactive": True}, False, True, ["stdin", "stdout", "stderr"]),
         ((), {}, False, False, ["stdin", "stdout", "stderr"]),
     ],
 )
@@ -82,3 +83,16 @@ def test_a_command_has_the_terminals_that_it_has_here(
     monkeypatch.setattr(forward.os, "isatty", terminals.__contains__)
     forward.forward({**ENVELOPE, "args": args}, settings, needs_assets=False)
     assert (run[0].tty, run[0].stdin, run[0].pipes) == (tty, stdin, pipes)
+
+
+@pytest.mark.parametrize(
+    ("tty", "pipes", "terminal"), [(True, [], 0), (True, ["stdin"], 1), (True, ["stdin", "stdout"], 2), (False, [], None)]
+)
+def test_keys_are_raw_only_where_the_command_has_them_from_a_terminal(
+    tty: bool, pipes: list[str], terminal: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session makes its terminal raw if that is its stdin."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(forward, "stream", lambda *_, **options: given.update(options))
+    forward.run(Places.of(tmp_path), Request([], tty=tty, stdin=True, pipes=pipes))
+    assert (given["terminal"], given["stdin"]) == (terminal, 0)

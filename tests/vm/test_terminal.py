@@ -91,6 +91,15 @@ def test_what_is_typed_beside_a_command_without_stdin_is_for_the_next(terminal: 
     assert os.read(terminal.theirs, 4096) == b"next\n"
 
 
+def test_lines_and_their_end_without_a_terminal_in_the_container(terminal: Terminal) -> None:
+    process = terminal.start("podman", "run", "-i", DEMO, "--", "cat")
+    terminal.keys(b"wrongx\x7f\x15word\r")  # a line is edited here
+    terminal.until(b"[ctr:out] word\r\n")
+    assert termios.tcgetattr(terminal.theirs)[3] & termios.ICANON
+    terminal.keys(b"\x04")
+    assert process.wait(TIMEOUT) == 0
+
+
 def test_keys_and_size_though_all_output_is_in_files(terminal: Terminal, tmp_path: Path) -> None:
     script = "trap 'exit 5' INT; stty size; read word; echo got $word; while :; do sleep 0.2; done"
     with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:

@@ -131,7 +131,7 @@ def _ssh(args: argparse.Namespace, context: Context) -> int:
             target="vm",
             env=forward.terminal_environment(),
             tty=forward.has_terminal(),
-            stdin=True,
+            stdin=forward.in_foreground(),
             grace=0,
         ),
     )

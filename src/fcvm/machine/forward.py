@@ -27,6 +27,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+STREAMS = ("stdin", "stdout", "stderr")
+
 # Of our environment, what shapes a command's output.
 PASSED_ON = ("TERM", "COLORTERM", "NO_COLOR", "LANG", "LC_ALL", "TZ")
 
@@ -53,15 +55,18 @@ def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool =
     wanted = plan(assets, layout.base) if assets else code_alone()
     if not _ready(places, wanted):
         _prepare(config, layout, assets, wanted)
+    args = envelope["args"]
+    # Its output is on a terminal where ours is; its stdin with -t only: else our terminal makes lines, and signals, of the keys.
+    terminals = [fd for fd in (0, 1, 2) if os.isatty(fd) and (fd or args.get("tty"))]
     request = Request(
         [str(wanted.code), json.dumps(envelope)],
         target="fcvm",
         user=None if os.geteuid() == 0 else str(os.geteuid()),
         env=environment(wanted),
         cwd="/",
-        tty=_tty(envelope["args"]),
-        pipes=[name for fd, name in enumerate(("stdin", "stdout", "stderr")) if not os.isatty(fd)],
-        stdin=bool(envelope["args"].get("interactive")),  # else it is for whoever comes after us
+        tty=bool(terminals),
+        pipes=[name for fd, name in enumerate(STREAMS) if fd not in terminals],
+        stdin=bool(args.get("interactive")),  # else it is for whoever comes after us
         grace=0,
     )
     try:
@@ -77,14 +82,13 @@ def forward(envelope: Mapping[str, Any], config: Config, *, needs_assets: bool =
 
 def run(places: Places, request: Request) -> Exit:
     """Run one session with our own streams and signals. Raises OSError, AgentError: the machine is not there."""
-    if not _open(0):
-        request.stdin = False
+    terminals = [fd for fd, name in enumerate(STREAMS) if request.tty and name not in request.pipes]
     return stream(
         lambda: sockets.connect(places.session),
         request,
         stdin=0 if request.stdin else None,
         on_output=to_descriptors(1, 2),
-        terminal=next(filter(os.isatty, (0, 1, 2)), None) if request.tty else None,
+        terminal=next(iter(terminals), None),
         signals=FORWARDED,
         give_up=lambda _error, _since: True,  # with a grace of 0 there is nothing to come back to
     )
@@ -124,19 +128,14 @@ def _prepare(config: Config, layout: Layout, assets: Assets | None, wanted: Plan
 
 
 def has_terminal() -> bool:
-    """Whether all our streams are one terminal, and we are in its foreground: in the background, leave it alone."""
-    return all(os.isatty(fd) for fd in (0, 1, 2)) and _open(0)
+    """Whether all our streams are one terminal that we may use."""
+    return all(os.isatty(fd) for fd in (0, 1, 2)) and in_foreground()
 
 
-def _tty(args: Mapping[str, Any]) -> bool:
-    """Whether the command gets a terminal, so that it writes as it would here; it takes keys from ours if it has to (-it)."""
-    return os.isatty(1) or os.isatty(2) or (bool(args.get("tty")) and os.isatty(0))
-
-
-def _open(fd: int) -> bool:
-    """Whether ``fd`` is ours to use: a job in the background must not read from its terminal, or change it."""
+def in_foreground() -> bool:
+    """Whether stdin is ours to read: a job in the background must leave its terminal alone."""
     try:
-        return not os.isatty(fd) or os.tcgetpgrp(fd) == os.getpgrp()
+        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
         return False
 
