@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fcvm.errors import HostError
+from fcvm.linux.files import sync
 from fcvm.process import find, run
 from fcvm.setup.progress import Step, size
 from fcvm.storage.layout import Layout, remove
@@ -98,14 +99,6 @@ def write(destination: Path, text: str, work: Path) -> None:
     temporary = work / "pointer"
     temporary.write_text(text)
     replace(temporary, destination)
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def require_space(directory: Path, needed: int) -> None:
