@@ -6,7 +6,9 @@ import json
 import os
 import socket
 import threading
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from fcvm.linux import holes, sockets
 from fcvm.snapshots import create, page_faults, pool, server, servers, store, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
-from fcvm.snapshots.served import ClientOutput
+from fcvm.snapshots.served import Client, ClientOutput
 from fcvm.storage.layout import Layout
 from fcvm.vm import state
 from fcvm.vm.output import LOG, Output
@@ -204,11 +206,15 @@ def test_lines_end_with_the_connection_or_with_nonsense() -> None:
 def test_request_comes_with_its_descriptors() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        ours.settimeout(30)
         read, write = os.pipe()
-        socket.send_fds(theirs, [b'{"op": "run"}\n'], [write])
+        socket.send_fds(theirs, [b'{"op": "run"}\n{"op": "kill"}\n{"op"'], [write])
         os.close(write)
-        request, fds = servers.receive(ours)
+        request, fds, rest = servers.receive(ours)
         assert request == {"op": "run"}
+        theirs.sendall(b': "stop"}\n')
+        later = servers.lines(ours, rest)
+        assert [next(later), next(later)] == [{"op": "kill"}, {"op": "stop"}], "what came with it is not lost"
         os.write(fds[0], b"x")
         assert os.read(read, 1) == b"x"
         os.close(fds[0])
@@ -406,6 +412,31 @@ def test_lines_are_kept_apart_if_the_client_has_both_streams_in_one_place(tmp_pa
 
 def a_server(tmp_path: Path) -> server.CloneServer:
     return server.CloneServer(server.Settings("tag"), settings.load({"base_dir": str(tmp_path)}), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [None, ConflictError("it is taken"), ValueError("a bug")])
+def test_a_clone_is_listed_nowhere_when_its_client_hears_of_its_end(
+    tmp_path: Path, error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = a_server(tmp_path)
+    served.pool = types.SimpleNamespace(status=lambda: pool.Status(0, 0, 0, 0))  # type: ignore[assignment]
+    told: list[dict[str, Any]] = []
+
+    def run(client: Client) -> int:
+        client.supervisor = types.SimpleNamespace(id="1", spec=types.SimpleNamespace(name="one"))  # type: ignore[assignment]
+        assert len(served.status()["clones"]) == 1
+        if error is not None:
+            raise error
+        return 7
+
+    monkeypatch.setattr(served, "_run", run)
+    monkeypatch.setattr(servers, "send", lambda _, message: told.append({**message, **served.status()}))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        served._serve(Client(ours, {"op": "run"}, []))
+    assert [message["clones"] for message in told] == [[]]
+    assert "exit" in told[0] if error is None else "error" in told[0]
+    assert served.living() == 0
 
 
 def test_a_client_that_says_nothing_does_not_keep_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

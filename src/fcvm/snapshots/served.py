@@ -104,8 +104,10 @@ class ClientSupervisor(Supervisor):
 class Client:
     """One connection that asked for a clone."""
 
-    def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+    def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int], rest: bytes = b"") -> None:
+        """``rest``: what came after the request."""
         self.connection = connection
+        self.messages = servers.lines(connection, rest)
         self.request = request
         self.fds = fds
         self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
@@ -123,7 +125,7 @@ class Client:
 
     def listen(self) -> None:
         """Carry out what the client says, and its end."""
-        for message in servers.lines(self.connection):
+        for message in self.messages:
             if message.get("op") == "detach":
                 self.detached = True
             elif self.supervisor is not None and message.get("op") in ("stop", "kill", "signal"):

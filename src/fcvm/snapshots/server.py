@@ -218,12 +218,12 @@ class CloneServer:
     def _greet(self, connection: socket.socket) -> None:
         """Read a client's request and carry it out: the thread of a clone's whole life."""
         try:
-            request, fds = servers.receive(connection)
+            request, fds, rest = servers.receive(connection)
         except (OSError, ValueError):
             connection.close()
             return
         connection.settimeout(None)
-        client = Client(connection, request, fds)
+        client = Client(connection, request, fds, rest)
         try:
             if request.get("op") == "status":
                 servers.send(connection, self.status())
@@ -244,17 +244,24 @@ class CloneServer:
                 return
             self.clients[client] = threading.current_thread()
         try:
-            code = self._run(client)
-            servers.send(client.connection, {"exit": code})
-        except FcvmError as error:
-            servers.send(client.connection, rpc.failure(error))
-        except Exception as error:
-            log.error(f"a clone failed: {error!r}")
-            servers.send(client.connection, {"error": f"The clone server failed: {error}."})
+            end = self._end(client)
+            with self.changed:  # who is told of the end does not see the clone in any list
+                client.supervisor = None
+            servers.send(client.connection, end)
         finally:
             with self.changed:
                 del self.clients[client]
                 self.changed.notify_all()
+
+    def _end(self, client: Client) -> dict[str, Any]:
+        """Run a clone; returns the message that says how it ended."""
+        try:
+            return {"exit": self._run(client)}
+        except FcvmError as error:
+            return rpc.failure(error)
+        except Exception as error:
+            log.error(f"a clone failed: {error!r}")
+            return {"error": f"The clone server failed: {error}."}
 
     def _run(self, client: Client) -> int:
         """A clone from its request to its end."""

@@ -192,9 +192,8 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """The JSON lines that come, until the connection ends; what is no object ends it as well. Raises TimeoutError."""
-    data = b""
+def lines(connection: socket.socket, data: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The JSON lines that come, after those of ``data``, until the connection ends; what is no object ends it as well. Raises TimeoutError."""
     while True:
         line, newline, rest = data.partition(b"\n")
         if newline:
@@ -218,24 +217,25 @@ def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
         data += more
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The request that opens a connection, with its descriptors; raises ValueError for anything else."""
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int], bytes]:
+    """The request that opens a connection, with its descriptors and what came after it; raises ValueError for anything else."""
     data, fds = b"", []
     try:
-        while not data.endswith(b"\n"):
+        while b"\n" not in data:
             more, new, _, _ = socket.recv_fds(connection, 65536, MAX_FDS)
             fds += new
             if not more or len(data) > MAX_LINE:
                 raise ValueError("no request came")
             data += more
-        request = json.loads(data)
+        line, _, rest = data.partition(b"\n")
+        request = json.loads(line)
         if not isinstance(request, dict):
             raise ValueError("a request is an object")
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    return request, fds
+    return request, fds, rest
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
