@@ -19,13 +19,18 @@ from typing import Any
 import pytest
 
 from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
-from fcvm import config
+from fcvm import config, setup
 from fcvm.agent.session import Client, Exit, Request, Resume, stream
+from fcvm.errors import SetupError
+from fcvm.storage.layout import Layout
 
 
 def root_image() -> Path | None:
-    images = sorted(Path(config.load().base_dir).glob("guest/*/root.img"), key=lambda path: path.stat().st_mtime)
-    return images[-1] if images else None
+    settings = config.load()
+    try:
+        return setup.find(settings, Layout(settings.base_dir)).root_image
+    except SetupError:
+        return None
 
 
 pytestmark = [

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fcvm import config, setup
+from fcvm.errors import SetupError
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import VSOCK, Firecracker
 from fcvm.linux import inotify, sockets
@@ -46,11 +48,11 @@ def firecracker() -> Path:
         pytest.skip("needs /dev/kvm")
     if os.environ.get("FCVM_FIRECRACKER"):
         return Path(os.environ["FCVM_FIRECRACKER"])
-    base = Path(os.environ.get("FCVM_BASE_DIR", "/mnt/fcvm-btrfs"))
-    found = sorted(base.glob("bin/*/firecracker"))
-    if not found:
+    settings = config.load()
+    try:
+        return setup.find(settings, Layout(settings.base_dir)).firecracker
+    except SetupError:
         pytest.skip("needs Firecracker: fcvm setup")
-    return found[-1]
 
 
 def kernel() -> Path:
