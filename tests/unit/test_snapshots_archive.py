@@ -107,6 +107,32 @@ def test_pipes(layout: Layout, tmp_path: Path) -> None:
         archive.import_archive(layout, tmp_path, "x")
 
 
+def test_a_link_stays_one_and_leads_to_the_archive(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for target in ("data/old", "data/new"):
+        link = tmp_path / f"link-to-{os.path.basename(target)}"
+        link.symlink_to(target)
+        (tmp_path / "data/old").write_text("of before")
+        fcvm("snapshots", "export", "warm", str(link), base=layout.base)
+        assert link.is_symlink()
+        assert fcvm("snapshots", "import", str(link), link.name, base=layout.base) == f"{link.name}\n"
+    assert sorted(os.listdir(tmp_path / "data")) == ["new", "old"]
+
+
+def test_a_file_that_is_our_stdout_or_stdin_is_used_as_it_is(layout: Layout, tmp_path: Path) -> None:
+    """As /dev/stdout in `fcvm snapshots export TAG /dev/stdout > file`, whose link in /dev would be replaced."""
+    file, out, into = tmp_path / "file", tmp_path / "stdout", tmp_path / "stdin"
+    out.symlink_to("/proc/self/fd/1")
+    into.symlink_to("/proc/self/fd/0")
+    file.write_bytes(b"before")
+    with open(file, "ab") as stream:
+        fcvm("snapshots", "export", "warm", str(out), base=layout.base, stdout=stream)
+    assert out.is_symlink()
+    with open(file, "rb") as stream:
+        assert os.read(stream.fileno(), 6) == b"before"
+        assert fcvm("snapshots", "import", str(into), "again", base=layout.base, stdin=stream) == "again\n"
+
+
 @pytest.mark.parametrize("action", [["export", "warm"], ["import"]])
 def test_in_the_machine_a_pipe_is_the_users_all_the_same(layout: Layout, tmp_path: Path, action: list[str]) -> None:
     """There it would lead nowhere: it joins processes of one kernel. So it is opened where the user is."""

@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
     check_tag(args.tag)
     fd, words = (1, "written to") if args.action == "export" else (0, "read from")
     if args.file != "-":
-        args.file = _as_stream(os.path.abspath(args.file), fd)
+        args.file = _as_stream(args.file, fd)
     if args.file == "-":
         if os.isatty(fd):
             raise UsageError(f"An archive is not {words} a terminal.", hint=f"fcvm snapshots {args.action} --help")
@@ -48,9 +48,18 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 
 def _as_stream(path: str, fd: int) -> str:
-    """Make a pipe or device our stdin or stdout, and return ``-``: in the machine it would be another one. Else ``path``."""
-    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
-        return path
+    """Make a pipe or device our stdin or stdout, and return ``-``: in the machine it would be another one. Else the path of the file.
+
+    That is the file itself, as an export would take the place of a link to it. What is our stdin or stdout already is used as
+    it is: /dev/stdout may be a file.
+    """
+    real = os.path.realpath(path)
+    if not os.path.exists(path) or os.path.isdir(path):
+        return real
+    if os.path.samefile(path, fd):
+        return "-"
+    if os.path.isfile(real):  # a deleted one, of which only a descriptor is left, has no path
+        return real
     opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
     os.dup2(opened, fd)
     os.close(opened)
