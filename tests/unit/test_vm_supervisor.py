@@ -581,6 +581,18 @@ def test_a_start_that_was_lost_with_its_connection_is_told_by_the_next(vm: Super
     assert vm.exit == state.get("exit")
 
 
+@pytest.mark.parametrize("then", [{"type": "started"}, {"type": "hello", "state": {"phase": "waiting"}}])
+def test_a_stop_while_the_container_starts_keeps_its_deadline(vm: Supervisor, said: Said, then: dict[str, Any]) -> None:
+    """A guest that hangs after that would never be killed, and `fcvm stop` wait for ever."""
+    hello(vm, "waiting")
+    requests.carry_out(vm, {"op": "stop"})
+    deadline = vm.deadline
+    messages.deal(vm, then)
+    assert said.types()[:2] == ["plan", "stop"]
+    assert deadline is not None
+    assert vm.deadline == deadline
+
+
 def test_a_warming_that_was_lost_with_its_connection_is_asked_for_again(vm: Supervisor, said: Said) -> None:
     vm.start = SimpleNamespace(captures=True, capture=lambda vm: False, timeout=60.0)  # type: ignore[assignment]
     hello(vm, "waiting")

@@ -60,6 +60,12 @@ def _enter(vm: Supervisor, phase: str) -> None:
         vm.deadline = time.monotonic() + vm.start.timeout
 
 
+def _arrived(vm: Supervisor) -> None:
+    """Wait no longer for a step of the start; only, if a stop was asked for meanwhile, for the end."""
+    if not vm.stop_sent:
+        vm.deadline = None
+
+
 def _warmed(vm: Supervisor, message: dict[str, Any]) -> None:
     """The agent has run a container of its own once: now a snapshot has in memory all that the next ones need."""
     if vm.phase == "warming" and not vm.killing:
@@ -72,7 +78,7 @@ def _warmed(vm: Supervisor, message: dict[str, Any]) -> None:
 def _send_plan(vm: Supervisor) -> None:
     """Tell the agent what to do; again, if its connection broke before it had read that."""
     vm.phase = "planned"
-    vm.deadline = None
+    _arrived(vm)
     vm.identified_at = time.time_ns()
     vm.control.send(plan.message(vm))
 
@@ -99,7 +105,7 @@ def _ready(vm: Supervisor, message: dict[str, Any]) -> None:
 
 def _run(vm: Supervisor) -> None:
     """The container runs: it can be attached to."""
-    vm.deadline = None
+    _arrived(vm)
     vm.phase = "running"
     vm.entry.update(status="running")
     vm.attachable.set()
