@@ -245,6 +245,7 @@ def test_a_vm_that_has_just_ended_keeps_nobody_from_stopping_the_others(
 
     def call(directory: Path, _request: object) -> None:
         asked.append(directory.name)
+        entries[len(asked) - 1].close()
         if len(asked) == 1:
             raise NotFoundError("The VM is not running.")
 
@@ -253,8 +254,6 @@ def test_a_vm_that_has_just_ended_keeps_nobody_from_stopping_the_others(
     assert stop.run(args, Context(config.load({"base_dir": str(tmp_path)}))) == 0
     assert asked == [entry.record.id for entry in entries]
     assert capsys.readouterr().out == "first\nsecond\n"
-    for entry in entries:
-        entry.close()
 
 
 def test_the_machine_is_not_removed_unasked(tmp_path: Path) -> None:
@@ -289,19 +288,21 @@ def test_vms_are_stopped_all_at_once_and_one_that_refuses_keeps_no_other(tmp_pat
     names = ["a", "b", "c"]
     asked = threading.Barrier(len(names))  # passed when all have been asked
 
-    def supervisor(listener: socket.socket, name: str) -> None:
+    def supervisor(listener: socket.socket, name: str, entry: state.Registration) -> None:
         connection, _ = listener.accept()
         rpc.receive(connection)
         asked.wait(60)
+        if name != "b":
+            entry.close()
         rpc.answer(connection, rpc.failure(NotFoundError("b is stubborn.")) if name == "b" else {"ok": True})
 
     with contextlib.ExitStack() as stack:
         for number, name in enumerate(names):
             record = Record(f"{number:012}", name, os.getpid(), "running", "healthy", "image", time.time(), 1, 512)
-            stack.callback(state.register(layout, record).close)
+            entry = stack.enter_context(contextlib.closing(state.register(layout, record)))
             (layout.directory("vms") / record.id).mkdir()
             listener = stack.enter_context(sockets.listen(layout.vms / record.id / rpc.SOCKET))
-            threading.Thread(target=supervisor, args=(listener, name), daemon=True).start()
+            threading.Thread(target=supervisor, args=(listener, name, entry), daemon=True).start()
         done = fcvm("stop", "a", "nobody", "b", "c", base=tmp_path)
         assert (done.returncode, done.stdout) == (125, "a\nc\n")
         assert "b is stubborn." in done.stderr

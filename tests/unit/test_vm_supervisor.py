@@ -1,5 +1,6 @@
 """A VM's supervisor without a VM: what happens when it cannot even start."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,8 +20,11 @@ import pytest
 
 from fc_agent.structs import replace
 from fcvm import config as settings
+from fcvm.cli import stop
+from fcvm.cli.context import Context
 from fcvm.errors import AgentError, ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker.process import Console
+from fcvm.linux import sockets
 from fcvm.storage.layout import Layout
 from fcvm.vm import background, messages, post_mortem, requests, rpc, run, state, supervisor
 from fcvm.vm.spec import ImageUse, RunSpec
@@ -113,6 +117,37 @@ def test_a_supervisor_that_ends_while_it_is_asked_has_ended(tmp_path: Path, monk
 
     monkeypatch.setattr(rpc.sockets, "connect", lambda *_, **__: Gone())
     assert rpc.call(tmp_path, {"op": "stop"}) is None
+
+
+def test_a_stop_of_a_vm_that_is_ending_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network and its files go when it does not listen any more, and its name last."""
+    config = settings.load({"base_dir": str(tmp_path)})
+    spec = RunSpec(name="web", image=ImageUse("image", "sha256:1", "sha256:2", "/image"))
+    vm = Supervisor(spec, config, Boot(None))  # type: ignore[arg-type]
+    ending, returned, early = threading.Event(), threading.Event(), []
+
+    def end() -> None:
+        ending.set()
+        early.append(returned.wait(0.5))
+
+    def acquire(stack: contextlib.ExitStack) -> None:
+        record = state.Record(vm.id, "web", os.getpid(), "running", "healthy", "image", 0.0, 1, 128)
+        stack.enter_context(contextlib.closing(state.register(vm.layout, record)))
+        vm.directory.mkdir()
+        stack.callback(end)
+        stack.enter_context(sockets.listen(vm.directory / rpc.SOCKET))
+        vm.exit = {"code": 0}
+
+    monkeypatch.setattr(vm, "_acquire", acquire)
+    monkeypatch.setattr(vm, "_loop", lambda: None)
+    running = threading.Thread(target=vm.run)
+    running.start()
+    assert ending.wait(60)
+    args = argparse.Namespace(all=False, timeout=None, words=[], name="web", pid=None)
+    assert stop.run(args, Context(config)) == 0
+    returned.set()
+    running.join()
+    assert early == [False]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
         record = known.get(name) or state.find(layout, name=name)
         with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
             rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
+        state.wait_for_end(layout, record.id)  # one that was ending does not answer any more
         return record.name
 
     with futures.ThreadPoolExecutor(AT_ONCE) as threads:

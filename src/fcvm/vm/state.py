@@ -195,6 +195,18 @@ def is_alive(layout: Layout, vm_id: str) -> bool:
         os.close(fd)
 
 
+def wait_for_end(layout: Layout, vm_id: str) -> None:
+    """Wait until its supervisor has let go of the VM's name and of all else that it held, or has died."""
+    try:
+        fd = os.open(_path(layout, vm_id, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # which it lets go of as the last thing
+    finally:
+        os.close(fd)
+
+
 def find(layout: Layout, *, name: str | None = None, pid: int | None = None, alive: bool = True) -> Record:
     """The VM of that name, id (or unambiguous beginning of it) or supervisor pid.
 
