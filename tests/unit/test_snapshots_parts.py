@@ -19,7 +19,7 @@ from fcvm.cli.snapshot import distributed, pool_size
 from fcvm.errors import ConflictError, FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
 from fcvm.snapshots import create, page_faults, pool, server, servers, store, working_set
-from fcvm.snapshots.memory import MemoryServer
+from fcvm.snapshots.memory import Faults, MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.snapshots.served import Client, ClientOutput
 from fcvm.storage.layout import Layout
@@ -281,6 +281,28 @@ def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Pat
             with sockets.connect(tmp_path / "sock", timeout=30) as connection:
                 assert connection.recv(1) == b""
         assert (server.faults(), server.error, failed) == ([], None, [])
+
+
+def test_faults_of_a_clone_that_ends_while_they_are_added_up_count_once(tmp_path: Path) -> None:
+    given = Faults(1, 7, 0, 0, 0, 0)
+    clone: Any = types.SimpleNamespace(number=-1, states=b"", faults=lambda: given, close=lambda: None)
+    ended: list[threading.Thread] = []
+
+    class Past(dict[str, int]):
+        def __getitem__(self, name: str) -> int:
+            past = super().__getitem__(name)
+            if not ended:
+                ended.append(threading.Thread(target=memory._forget, args=(clone,)))
+                ended[0].start()
+                ended[0].join(0.5)  # longer if it has to wait for us
+            return past
+
+    with MemoryServer(sparse(tmp_path / "memory", 4, 1), tmp_path / "sock") as memory:
+        memory.clones[clone.number] = clone
+        memory.past = Past(memory.past)
+        assert memory.served() == 7
+        ended[0].join()
+        assert memory.served() == 7
 
 
 def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
