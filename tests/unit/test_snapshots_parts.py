@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -459,6 +460,42 @@ def test_a_clone_is_listed_nowhere_when_its_client_hears_of_its_end(
     assert [message["clones"] for message in told] == [[]]
     assert "exit" in told[0] if error is None else "error" in told[0]
     assert served.living() == 0
+
+
+def test_who_comes_while_a_server_ends_does_not_wait_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clones, its pool and its memory server may take their time."""
+    layout, pid = Layout(tmp_path), os.getpid()
+    snapshot = types.SimpleNamespace(manifest=types.SimpleNamespace(network="none"))
+    monkeypatch.setattr(servers, "ANSWER", 2)
+    monkeypatch.setattr(server.descriptors, "allow_all", lambda: None)
+    monkeypatch.setattr(server.store, "use", lambda *_: contextlib.nullcontext(snapshot))
+    monkeypatch.setattr(server.manifest, "check", lambda *_, **__: None)
+    monkeypatch.setattr(server.clones, "spec_of", lambda *_, **__: types.SimpleNamespace(network="none"))
+    ended, waiting, stopping = threading.Event(), [], []
+
+    def accept(_: socket.socket) -> None:
+        waiting.append(servers.connect(layout, pid, {"op": "status"}))  # which is not accepted any more
+
+    @contextlib.contextmanager
+    def filled(*_: object) -> Iterator[None]:
+        yield
+        with waiting[0] as connection:
+            connection.settimeout(2)
+            assert list(servers.lines(connection)) == []
+        with pytest.raises(NotFoundError):
+            servers.call(layout, pid, {"op": "status"})
+        stopping.append(threading.Thread(target=lambda: (servers.stop(layout, pid), ended.set())))
+        stopping[0].start()
+        assert not ended.wait(0.5), "stop waits until it has ended"
+
+    served = a_server(tmp_path)
+    served.assets = types.SimpleNamespace(firecracker_version="1")  # type: ignore[assignment]
+    monkeypatch.setattr(served, "_kit", lambda *_: None)
+    monkeypatch.setattr(served, "_filled", filled)
+    monkeypatch.setattr(served, "_accept", accept)
+    served.run()
+    stopping[0].join(60)
+    assert ended.is_set()
 
 
 def test_a_client_that_says_nothing_does_not_keep_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

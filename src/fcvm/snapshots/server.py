@@ -128,6 +128,7 @@ class CloneServer:
             stack.enter_context(self._filled(kit, ready))
             stack.callback(self._end_clients)
             self._accept(listener)
+            listener.close()  # who waits there, or comes now, hears that we are ending
         if self.failure is not None:
             raise self.failure
 

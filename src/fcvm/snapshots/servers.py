@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 
 from fcvm import log
@@ -132,19 +133,26 @@ def _tag(directory: Path) -> str | None:
 
 
 def stop(layout: Layout, pid: int) -> None:
-    """End the server ``pid`` and its clones, and wait for that.
+    """End the server ``pid`` and its clones, and wait for that; one that is not there has ended.
 
     Raises:
-        NotFoundError: there is none. ConflictError: it does not answer.
+        ConflictError: it does not answer.
     """
+    directory = layout.base / "servers" / str(pid)
+    while True:
+        try:
+            call(layout, pid, {"op": "stop"})
+            break
+        except ConflictError:  # it is ending already
+            break
+        except NotFoundError:  # it does not listen any more, or not yet
+            if not _alive(directory):
+                return
+            time.sleep(0.05)
+        except TimeoutError:
+            raise ConflictError(_silent(pid), hint="fcvm snapshot ls") from None
     try:
-        call(layout, pid, {"op": "stop"})
-    except ConflictError:  # it is ending already
-        pass
-    except TimeoutError:
-        raise ConflictError(_silent(pid), hint="fcvm snapshot ls") from None
-    try:
-        fd = os.open(layout.base / "servers" / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
