@@ -16,6 +16,7 @@ import errno
 import itertools
 import os
 import struct
+import threading
 from time import monotonic
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC | os.O_DIRECT
 _AHEAD = struct.Struct("<IiQQ")  # header of ATTRIBUTES or CONTENT with the node's id; notifications sent before
 _READ = struct.Struct("<QQI")  # struct fuse_read_in up to size
 _OPEN_FLAGS = struct.Struct("<I")
-_HANDLE = struct.Struct("<Q")
+_NODE = _HANDLE = struct.Struct("<Q")
 _COUNT = struct.Struct("<I")
 _FORGOTTEN_AT = m.IN_HEADER.size + m.BATCH_FORGET_IN.size
 _MODE_AT = m.ATTR_OUT.fields.index("mode")
@@ -53,7 +54,8 @@ _CHANGES = frozenset((
 _READS = frozenset((m.READ, m.READDIR, m.READDIRPLUS))  # change the access time only
 _ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64))
 _ANY = frozenset((m.RMDIR, m.RENAME, m.RENAME2))
-_WATCHED = frozenset((*_NAMES, m.FLUSH, m.FSYNC, m.OPEN))  # whose answers are looked at
+_OPENS = frozenset((m.OPEN, m.CREATE, m.TMPFILE))
+_WATCHED = frozenset((*_NAMES, *_OPENS, m.FLUSH, m.FSYNC))  # whose answers are looked at
 _SYNCS = frozenset((m.FLUSH, m.FSYNC))
 NOTED = frozenset((
     *_CHANGES, *_READS, *_WATCHED, m.GETATTR, m.GETXATTR, m.RELEASE, m.RELEASEDIR, m.FORGET, m.BATCH_FORGET,
@@ -96,6 +98,8 @@ class Shortcuts:
         self.asked: dict[int, tuple[int, int, int, int]] = {}  # unique -> opcode, node, turn, handle; those in _WATCHED
         self._new: dict[int, float] = {}  # nodes made here, of whose capabilities nothing was set since -> when
         self._failed: dict[int, Failure] = {}
+        self._opens: dict[int, int] = {}  # node -> how often it is open
+        self._lock = threading.Lock()  # for _opens: answers are seen by other threads than requests
         self._cautious = 0.0
         self._turns = itertools.count(1)
         self._changed: dict[int, int] = {}  # node -> the turn of the last request that may change its attributes
@@ -118,6 +122,13 @@ class Shortcuts:
             self._attributes.pop(nodeid, None)
             return self._read(unique, buffer) if opcode == m.READ and self._contents else None
         if opcode == m.RELEASE or opcode == m.RELEASEDIR:
+            if opcode == m.RELEASE:
+                with self._lock:
+                    left = self._opens.get(nodeid, 1) - 1
+                    if left:
+                        self._opens[nodeid] = left
+                    else:
+                        self._opens.pop(nodeid, None)
             if not self.quiet:
                 return None
             if self._contents:
@@ -158,7 +169,9 @@ class Shortcuts:
         return None
 
     def _forget(self, nodeid: int) -> None:
-        """The kernel has dropped a file: nobody has it open, so nobody has a lock."""
+        """The kernel gives back references to a file, all of them only if nobody has it open; then nobody has a lock."""
+        if nodeid in self._opens:
+            return
         self.locked.discard(nodeid)
         self.written.pop(nodeid, None)
         self._settled.pop(nodeid, None)
@@ -249,10 +262,9 @@ class Shortcuts:
         opcode, nodeid, turn, handle = self.asked.pop(unique)
         for came in ahead:
             self._know(turn, came)
-        if opcode == m.CREATE and error == 0:
-            if len(self._new) >= REMEMBERED:
-                self._new.clear()
-            self._new[m.ENTRY_OUT.unpack_from(message, m.OUT_HEADER.size)[0]] = monotonic()
+        if opcode in _OPENS:
+            if error == 0:
+                self._opened(opcode, nodeid, message)
         elif opcode in _SYNCS:
             if opcode == m.FLUSH and nodeid in self.written:
                 if len(self._settled) >= REMEMBERED:
@@ -261,6 +273,16 @@ class Shortcuts:
             if self._failed and (number := self._failure(nodeid, handle)):
                 return m.OUT_HEADER.pack(m.OUT_HEADER.size, -number, unique)
         return message
+
+    def _opened(self, opcode: int, nodeid: int, message: memoryview) -> None:
+        if opcode != m.OPEN:
+            (nodeid,) = _NODE.unpack_from(message, m.OUT_HEADER.size)
+        if opcode == m.CREATE:
+            if len(self._new) >= REMEMBERED:
+                self._new.clear()
+            self._new[nodeid] = monotonic()
+        with self._lock:
+            self._opens[nodeid] = self._opens.get(nodeid, 0) + 1
 
     def _know(self, turn: int, came: bytes) -> None:
         _, code, nodeid, notified = _AHEAD.unpack_from(came)

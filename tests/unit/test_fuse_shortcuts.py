@@ -94,6 +94,42 @@ def test_what_the_kernel_forgets_is_forgotten(kernel: Kernel) -> None:
     assert kernel.shortcuts.locked == set(kernel.shortcuts.written) == {8}
 
 
+def opened(kernel: Kernel, *ahead: bytes, opcode: int = m.OPEN, handle: int = 1, flags: int = 0) -> None:
+    """The file is opened by a request of this kind; ``flags`` are those of the answer."""
+    body = m.OPEN_OUT.encode(fh=handle, open_flags=flags)
+    if opcode == m.OPEN:
+        assert kernel.ask(opcode, FILE, flags=os.O_RDWR) is None
+    else:
+        assert kernel.ask(opcode, DIRECTORY, b"f", flags=os.O_RDWR, mode=0o100644) is None
+        body = m.ENTRY_OUT.encode(nodeid=FILE) + body
+    kernel.answered(*ahead, body=body)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("opcode", [m.OPEN, m.CREATE, m.TMPFILE])
+def test_an_open_file_is_not_forgotten_with_some_of_its_references(kernel: Kernel, opcode: int, quiet: bool) -> None:
+    """The kernel gives one back when another name turns out to lead to a file that it knows."""
+    opened(kernel, opcode=opcode, handle=1)
+    opened(kernel, handle=2)
+    kernel.ask(m.OPEN, FILE, flags=os.O_RDWR)
+    kernel.answered(error=-errno.EACCES)  # no third
+    kernel.ask(m.SETLK, OTHER, fh=1, owner=1, start=0, end=1, type=1)
+    write(kernel)
+    kernel.shortcuts.failed(FILE, errno.ENOSPC, 2)
+    kernel.shortcuts.quiet = quiet
+    kernel.ask(m.RELEASE, FILE, fh=2)
+    kernel.ask(m.BATCH_FORGET, 0, *(m.FORGET_ONE.encode(nodeid=node, nlookup=1) for node in (FILE, OTHER)), count=2)
+    assert not kernel.shortcuts.locked  # of a file that nobody has open
+    assert kernel.ask(m.FLUSH, FILE, fh=1) is None
+    assert error_of(kernel.answered()) == errno.ENOSPC
+    kernel.ask(m.SETLK, FILE, fh=1, owner=1, start=0, end=1, type=1)
+    kernel.ask(m.FORGET, FILE, nlookup=1)
+    assert kernel.ask(m.FLUSH, FILE, fh=1) is None
+    kernel.ask(m.RELEASE, FILE, fh=1)
+    kernel.ask(m.FORGET, FILE, nlookup=1)
+    assert error_of(kernel.ask(m.FLUSH, FILE, fh=2)) == 0
+
+
 def test_release_is_answered_and_passed_on(kernel: Kernel) -> None:
     assert error_of(kernel.ask(m.RELEASE, FILE, fh=1)) == 0
     assert kernel.quiet
@@ -280,14 +316,9 @@ def test_attributes_are_believed_no_longer_than_the_kernel_may(kernel: Kernel) -
     assert kernel.ask(m.GETATTR, DIRECTORY) is None
 
 
-def opened(kernel: Kernel, data: bytes = b"content") -> None:
-    assert kernel.ask(m.OPEN, FILE, flags=os.O_RDONLY) is None
-    kernel.answered(content(FILE, 9, data), body=m.OPEN_OUT.encode(fh=9))
-
-
 def test_a_small_file_is_read_without_asking_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts, "FRESH_CONTENT", 60.0)
-    opened(kernel)
+    opened(kernel, content(FILE, 9, b"content"), handle=9)
     assert kernel.ask(m.READ, FILE, fh=8, offset=0, size=4096) is None
     assert kernel.ask(m.READ, FILE, fh=9, offset=4096, size=4096) is None
     assert kernel.ask(m.READ, FILE, fh=9, offset=0, size=4) is None
@@ -303,14 +334,14 @@ def test_a_small_file_is_read_anew_after_a_change_or_lock(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, opcode: int
 ) -> None:
     monkeypatch.setattr(shortcuts, "FRESH_CONTENT", 60.0)
-    opened(kernel)
+    opened(kernel, content(FILE, 9, b"content"), handle=9)
     kernel.ask(opcode, FILE, *((b"",) if opcode == m.WRITE else ()), **({"fh": 9} if opcode == m.RELEASE else {}))
     assert kernel.ask(m.READ, FILE, fh=9, offset=0, size=4096) is None
 
 
 def test_a_small_file_is_read_anew_after_a_while(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts, "FRESH_CONTENT", 0.0)
-    opened(kernel)
+    opened(kernel, content(FILE, 9, b"content"), handle=9)
     assert kernel.ask(m.READ, FILE, fh=9, offset=0, size=4096) is None
 
 
@@ -321,7 +352,7 @@ def test_what_is_remembered_is_bounded(kernel: Kernel, monkeypatch: pytest.Monke
         kernel.ask(m.UNLINK, node, b"f")
         kernel.answered(attributes(node, 0o040755))
         kernel.ask(m.OPEN, node, flags=os.O_RDONLY)
-        kernel.answered(content(node, node, b""))
+        kernel.answered(content(node, node, b""), body=m.OPEN_OUT.encode(fh=node))
         write(kernel, node)
         kernel.ask(m.FLUSH, node, fh=1)
         kernel.shortcuts.failed(node, errno.EIO, 1)
