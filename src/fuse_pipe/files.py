@@ -91,7 +91,7 @@ def _opened(volume: Volume, parent: Node | None, name: bytes, fd: Fd, flags: int
     if node.fd is None:
         node.fd = fd
     volume.sign(node, info)
-    return entry + m.OPEN_OUT.pack(number, m.FOPEN_KEEP_CACHE, 0)
+    return entry + m.OPEN_OUT.pack(number, m.FOPEN_DIRECT_IO if volume.table.of_kernel(node) else m.FOPEN_KEEP_CACHE, 0)
 
 
 def tmpfile(volume: Volume, worker: Worker, flags: int, mode: int, umask: int, _: int, _name: bytes) -> bytes:

@@ -3,9 +3,9 @@
 - FLUSH of a file that was neither written nor locked since the last one.
 - Whether a file made a moment ago has capabilities, which the kernel asks before it is first written or given away.
 - RELEASE: nobody waits for it. The server is told not to answer (``QUIET``).
-- WRITE, unless the file was opened with O_SYNC, O_DSYNC or O_DIRECT: it is answered at once and goes to the server as
-  QUIET. Everything later goes the same way behind it, so whoever asks sees what was written; the host does when the
-  file is closed or synced, and mostly at once. An error is told once to everybody who had the file open then, by the
+- WRITE, unless the file was opened with O_SYNC, O_DSYNC or O_DIRECT, or is the host's kernel's own (``/sys``), which may
+  refuse the value: it is answered at once and goes to the server as QUIET. Everything later goes the same way behind it,
+  so whoever asks sees what was written; the host does when the file is closed or synced, and mostly at once. An error is told once to everybody who had the file open then, by the
   next write, close or fsync, and writes wait for the server's answer again for a while, so that who fills a disk learns it.
 - GETATTR of a directory in which names were just changed, and of a file just closed: the kernel asks next, always, so
   the server sends the attributes ahead of its answer (``ATTRIBUTES``). They are dropped when anything that passes here
@@ -99,6 +99,7 @@ class Shortcuts:
         self._new: dict[int, float] = {}  # nodes made here, of whose capabilities nothing was set since -> when
         self._failed: dict[int, Failure] = {}
         self._opens: dict[int, int] = {}  # node -> how often it is open
+        self._direct: set[int] = set()  # handles of files of the host's kernel: a write's answer is what came of it
         self._lock = threading.Lock()  # for _opens: answers are seen by other threads than requests
         self._cautious = 0.0
         self._turns = itertools.count(1)
@@ -129,6 +130,8 @@ class Shortcuts:
                         self._opens[nodeid] = left
                     else:
                         self._opens.pop(nodeid, None)
+                if self._direct:
+                    self._direct.discard(*_HANDLE.unpack_from(buffer, m.IN_HEADER.size))
             if not self.quiet:
                 return None
             if self._contents:
@@ -200,6 +203,8 @@ class Shortcuts:
         if self._failed and (number := self._failure(nodeid, *_HANDLE.unpack_from(buffer, m.IN_HEADER.size))):
             return m.OUT_HEADER.pack(m.OUT_HEADER.size, -number, unique)
         if not (self.quiet and self.behind) or channel.sock is None or channel.kept > BEHIND_MOST:
+            return None
+        if self._direct and _HANDLE.unpack_from(buffer, m.IN_HEADER.size)[0] in self._direct:
             return None
         offset, count, _, _, flags = _WRITE.unpack_from(buffer, _WRITE_AT)
         if flags & _SYNCHRONOUS or offset + count > BEHIND_END or (self._cautious and self._is_cautious()):
@@ -275,12 +280,17 @@ class Shortcuts:
         return message
 
     def _opened(self, opcode: int, nodeid: int, message: memoryview) -> None:
+        at = m.OUT_HEADER.size
         if opcode != m.OPEN:
-            (nodeid,) = _NODE.unpack_from(message, m.OUT_HEADER.size)
+            (nodeid,) = _NODE.unpack_from(message, at)
+            at += m.ENTRY_OUT.size
         if opcode == m.CREATE:
             if len(self._new) >= REMEMBERED:
                 self._new.clear()
             self._new[nodeid] = monotonic()
+        handle, flags, _ = m.OPEN_OUT.unpack_from(message, at)
+        if flags & m.FOPEN_DIRECT_IO:
+            self._direct.add(handle)
         with self._lock:
             self._opens[nodeid] = self._opens.get(nodeid, 0) + 1
 

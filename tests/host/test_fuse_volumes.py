@@ -847,6 +847,34 @@ def test_files_of_the_hosts_kernel() -> None:
             linux.umount(str(base / "host" / "sys"), linux.MNT_DETACH)
 
 
+# A host whose kernel takes no value for any of the files served.
+OF_KERNEL = """
+import errno, os, sys
+from fuse_pipe.nodes import NodeTable
+from fuse_pipe.server import Server, listening
+def refuse(*arguments):
+    raise OSError(errno.EINVAL, "no such value")
+NodeTable.of_kernel = lambda table, node: True
+os.pwrite = os.pwritev = refuse
+with listening(sys.argv[2]) as listener:
+    Server(sys.argv[1]).accept(listener)
+"""
+
+
+def test_what_a_file_of_the_hosts_kernel_refuses_fails() -> None:
+    with fuse_support.scratch() as base:
+        mounted = Mount(base)
+        try:
+            mounted.start(program=OF_KERNEL)
+            (mounted.host / "f").touch()
+            for name, flags in (("f", os.O_WRONLY | os.O_TRUNC), ("f", os.O_WRONLY | os.O_APPEND), ("new", os.O_WRONLY | os.O_CREAT)):
+                fd = os.open(mounted.path / name, flags)
+                assert error_of(os.write, fd, b"bogus") == "EINVAL"
+                os.close(fd)
+        finally:
+            mounted.stop()
+
+
 def test_symlinks_are_not_followed_on_the_host(shared: Mount, here: Path) -> None:
     """An absolute link leads to the reader's root, not the server's; one out of the volume leads nowhere inside."""
     on_host(shared, here).joinpath("l").symlink_to("/etc/hostname")

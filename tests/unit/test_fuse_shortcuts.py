@@ -67,8 +67,10 @@ def error_of(answer: bytes | None) -> int:
     return -int(m.OUT_HEADER.unpack_from(answer)[1])
 
 
-def write(kernel: Kernel, nodeid: int = FILE, flags: int = os.O_WRONLY, offset: int = 0) -> bytes | None:
-    return kernel.ask(m.WRITE, nodeid, b"data", fh=1, offset=offset, size=4, flags=flags)
+def write(
+    kernel: Kernel, nodeid: int = FILE, flags: int = os.O_WRONLY, offset: int = 0, handle: int = 1
+) -> bytes | None:
+    return kernel.ask(m.WRITE, nodeid, b"data", fh=handle, offset=offset, size=4, flags=flags)
 
 
 def test_flush_goes_to_the_server_only_after_a_write_or_lock(kernel: Kernel) -> None:
@@ -149,6 +151,16 @@ def test_write_is_answered_and_passed_on(kernel: Kernel) -> None:
 def test_synchronous_writes_wait(kernel: Kernel, flags: int) -> None:
     assert write(kernel, flags=os.O_RDWR | flags) is None
     assert not kernel.quiet
+
+
+def test_writes_to_files_of_the_hosts_kernel_wait(kernel: Kernel) -> None:
+    """Whether what was written makes sense is for the answer to say."""
+    opened(kernel, handle=1, flags=m.FOPEN_DIRECT_IO)
+    assert write(kernel) is None
+    assert not kernel.quiet
+    assert write(kernel, OTHER, handle=2) is not None
+    kernel.ask(m.RELEASE, FILE, fh=1)
+    assert write(kernel) is not None  # nothing is kept of what was closed
 
 
 def test_writes_wait_beyond_what_may_be_under_way(kernel: Kernel) -> None:
