@@ -1,8 +1,10 @@
 """fcvm.signals: handled inside the block, and as before afterwards."""
 
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -49,3 +51,53 @@ def test_in_another_thread_nothing_is_handled() -> None:
     thread.start()
     thread.join()
     assert entered == [True]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_that_did_not_interrupt_what_we_wait_for_is_handled_all_the_same(again: bool) -> None:
+    """As one that comes just before a call blocks; here another thread gets it, which looks the same to the main thread."""
+    read, write = os.pipe()
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait, daemon=True)
+    other.start()
+    assert other.ident is not None
+
+    def send(number: int) -> None:
+        time.sleep(0.2)  # the main thread waits by then; if not, the test has nothing to show
+        signal.pthread_kill(other.ident, number)
+
+    def answer(number: int, frame: object) -> None:
+        os.write(write, bytes((number,)))
+
+    with handled(STOPPING, answer), handled((signal.SIGWINCH,), answer):
+        for number in (signal.SIGTERM, signal.SIGWINCH, signal.SIGTERM)[: 3 if again else 1]:
+            sender = threading.Thread(target=send, args=(number,))
+            sender.start()
+            assert select.select([read], [], [], 60)[0]
+            assert os.read(read, 1) == bytes((number,))
+            sender.join()
+    idle.set()
+    other.join()
+    os.close(read)
+    os.close(write)
+
+
+def test_nothing_is_left_of_the_wait_for_signals() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = descriptors(), threads(), signal.getsignal(signal.SIGURG)
+    for _ in range(20):
+        with handled(STOPPING, lambda *_: None):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert descriptors() == before[0]
+    assert signal.getsignal(signal.SIGURG) == before[2]
+    assert signal.set_wakeup_fd(-1) == -1
+    for _ in range(600):
+        if threads() <= before[1]:
+            break
+        time.sleep(0.1)
+    assert threads() <= before[1]

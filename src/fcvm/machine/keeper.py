@@ -33,6 +33,7 @@ from fcvm.machine.qmp import Monitor
 from fcvm.machine.state import Places, State
 from fcvm.machine.vsock import Vsock
 from fcvm.network.publish import Publish
+from fcvm.signals import handled
 
 START_TIME = 300.0  # seconds that a start may take on a very busy host
 STOP_TIME = 40.0  # seconds that the machine gets to end its processes and power off; it needs fewer
@@ -84,11 +85,10 @@ def main() -> int:
         os._exit(0)
     places = Places.of(job.base)
     own(places)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)  # shows in the log what every thread is at
-    return Keeper(job, places).run()
+    with handled((signal.SIGTERM, signal.SIGINT), _stop):
+        return Keeper(job, places).run()
 
 
 def own(places: Places) -> int:
