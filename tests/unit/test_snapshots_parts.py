@@ -330,6 +330,44 @@ def test_a_pool_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, 
     assert list(layout.vms.iterdir()) == []
 
 
+class Loaded:
+    """A clone that is loaded at once."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.firecracker = types.SimpleNamespace(ended=lambda: False)
+
+    def wait(self) -> None:
+        pass
+
+    close = wait
+
+
+def test_a_pool_whose_clones_are_taken_while_it_fills_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that come before the server is ready keep the pool from having all at the same moment, and it wants ever more."""
+    monkeypatch.setattr(pool, "Loaded", Loaded)
+    monkeypatch.setattr(pool, "QUIET", 3600.0)  # only as many are made as are waited for
+    monkeypatch.setattr(pool, "PATIENCE", 10.0)
+    filled = threading.Event()
+    kit = types.SimpleNamespace(snapshot=types.SimpleNamespace(tag="warm"))
+    with pool.Pool(kit, tmp_path, minimum=4) as made:  # type: ignore[arg-type]
+
+        def take() -> None:
+            while not filled.is_set():
+                made.take()
+
+        for _ in range(6):
+            made.take()
+        clients = [threading.Thread(target=take) for _ in range(2)]
+        for client in clients:
+            client.start()
+        try:
+            made.fill()
+        finally:
+            filled.set()
+            for client in clients:
+                client.join()
+
+
 class Vmm:
     """A running VM whose snapshot fails, or the clone of whose disk does."""
 

@@ -226,10 +226,11 @@ class Pool:
             raise SnapshotError(f"No clone of {self.kit.snapshot.tag!r} was ready within {PATIENCE:g} seconds.")
 
     def fill(self) -> None:
-        """Wait until as many are ready as the pool wants; raises what stands in the way."""
+        """Wait until as many as the minimum are ready, or were and have been taken meanwhile; raises what stands in the way."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
-            while len(self._ready) < self._target():
+            before = self._totals[0]
+            while len(self._ready) + self._totals[0] - before < self.minimum:
                 self._await(deadline)
 
     def _refill(self) -> None:
