@@ -5,6 +5,7 @@ Its owner is a process of its own, as the supervisor of a VM is, and the relay o
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import marshal
 import os
@@ -42,7 +43,8 @@ sys.stdin.readline()
 volumes = Volumes(parse_all(maps), Path(directory) / "vsock.sock", owner=(0, 0), states=Path(states) if states else None)
 print("ready", flush=True)
 for line in sys.stdin:
-    print(json.dumps(getattr(volumes, line.strip())()), flush=True)
+    method, *paths = line.split()
+    print(json.dumps(getattr(volumes, method)(*map(Path, paths))), flush=True)
 volumes.close()
 """
 
@@ -85,7 +87,7 @@ class Owner:
         return self.process.stdout.readline().decode().strip()
 
     def ask(self, what: str) -> Any:
-        """Call a method of the volumes."""
+        """Call a method of the volumes, with paths behind its name."""
         self.send(what)
         return json.loads(self.answer())
 
@@ -209,8 +211,28 @@ def test_a_clones_server_goes_on_with_open_files(base: Path) -> None:
         assert (base / "host" / "e" / "f").read_bytes() == b"one two three four"
         assert [len(state["sessions"]) for state in clone.ask("save")] == [1]
         file.close()
-        assert clone.ask("restart") is None  # the guest is replaced by one that is restored again
+        assert clone.ask(f"restart {base}/volumes.json") is None  # the guest is replaced by one that is restored again
         assert [len(state["sessions"]) for state in clone.ask("save")] == [1]
+
+
+def test_nothing_of_a_restored_guest_is_held_for_one_that_is_booted_instead(base: Path) -> None:
+    (base / "clone").mkdir()
+    with (
+        Owner(base / "vm", f"{base}/host:/a") as source,
+        mounted(base / "vm/vsock.sock_5000", base / "mount") as point,
+        (point / "f").open("w") as file,
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (base / "volumes.json").write_text(json.dumps(source.ask("save")))
+    with (
+        Owner(base / "clone", f"{base}/host:/a", states=base / "volumes.json") as clone,
+        (base / "host" / "f").open() as file,
+    ):
+        assert [len(state["sessions"]) for state in clone.ask("save")] == [1]
+        assert error_of(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB) in ("EAGAIN", "EWOULDBLOCK")
+        clone.ask("restart")
+        assert [state["sessions"] for state in clone.ask("save")] == [[]]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_what_ends_the_server_each_time_is_given_up(base: Path) -> None:

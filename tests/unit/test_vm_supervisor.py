@@ -483,9 +483,11 @@ def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervis
     other = SimpleNamespace(
         snapshot=None,
         firecracker=lambda _vm: starting(fails=False),
+        volumes=lambda _vm: None,
         disks=lambda vm: furnished.append(os.listdir(vm.directory)),
     )
-    vm.volumes = SimpleNamespace(restart=lambda: None)  # type: ignore[assignment]
+    restarted: list[object] = []
+    vm.volumes = SimpleNamespace(restart=restarted.append)  # type: ignore[assignment]
     vm.directory.mkdir()
     start = unusable(vm, other if ours else None, at=at)
 
@@ -498,9 +500,30 @@ def test_a_snapshot_of_ours_that_cannot_be_restored_costs_only_time(vm: Supervis
         assert furnished == [[]], "nothing of the other start is left"
         assert vm.start is other
         assert vm.entry.record.snapshot is None
+        assert restarted == ([] if at == "disks" else [None]), "at the disks there are none yet"
     else:
         with pytest.raises(FcvmError, match=r"cannot be restored|pruned"):
             start_it()
+
+
+def test_a_silent_guests_volumes_are_those_of_what_is_started_instead(vm: Supervisor) -> None:
+    """Also where that fails as well, and the snapshot that the volumes were of is gone."""
+    restarted: list[object] = []
+    vm.volumes = SimpleNamespace(restart=restarted.append)  # type: ignore[assignment]
+    vm.directory.mkdir()
+    with socket.socket() as firecracker:
+        vm.firecracker = SimpleNamespace(pidfd=firecracker)  # type: ignore[assignment]
+        vm._selector.register(firecracker, 1)
+        last = SimpleNamespace(
+            snapshot=None,
+            disks=lambda _vm: None,
+            volumes=lambda _vm: Path("volumes.json"),
+            firecracker=lambda _vm: contextlib.nullcontext(SimpleNamespace(pidfd=firecracker)),
+            go=lambda _vm: None,
+            timeout=1.0,
+        )
+        vm._start_again(unusable(vm, last, at="disks"))  # type: ignore[arg-type]
+    assert restarted == [Path("volumes.json")]
 
 
 class Said:

@@ -243,8 +243,8 @@ class Supervisor:
             return self._vmm.enter_context(self.start.firecracker(self))
         except (SnapshotError, NotFoundError) as error:
             other = self._instead(error)
-        self.volumes.restart()
         self._furnish(other)
+        self.volumes.restart(self.start.volumes(self))
         return self._firecracker()
 
     def _instead(self, error: FcvmError) -> Start:
@@ -327,8 +327,8 @@ class Supervisor:
         """Replace a guest that never said hello: nothing of it was seen by anybody."""
         self._selector.unregister(self.firecracker.pidfd)
         self._unfurnish()
-        self.volumes.restart()
         self._furnish(start)
+        self.volumes.restart(self.start.volumes(self))
         self.firecracker = self._firecracker()
         self._selector.register(self.firecracker.pidfd, selectors.EVENT_READ, self._on_firecracker_end)
         self.start.go(self)

@@ -100,9 +100,10 @@ class Volumes:
                     )
         raise SnapshotError("The server of the VM's volumes does not answer.", hint="try again")
 
-    def restart(self) -> None:
-        """Forget what a guest has done that is replaced by another one, restored or booted anew."""
+    def restart(self, states: Path | None = None) -> None:
+        """Forget a guest that is replaced by another one, restored or booted anew; ``states`` are what that one goes on from."""
         with self._changed:
+            self._states = states
             self._reset = True
             if self._process is not None:
                 self._process.kill()
@@ -146,7 +147,9 @@ class Volumes:
             log.warning(f"the server of the volumes {end}; it is started again")
             if failed == HOPELESS:
                 log.warning("files that were open in volumes are lost")
-                self._states = None
+                with self._changed:
+                    if not self._reset:
+                        self._states = None
                 self._forget()
 
     def _serve(self) -> tuple[int, bool]:
