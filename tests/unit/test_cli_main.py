@@ -93,6 +93,8 @@ def test_global_options_may_stand_before_the_command() -> None:
         (["podman", "run", "-d", "--log-prefix", "x"], "not shown"),
         (["podman", "run", "--"], "No image is named"),
         (["podman", "run", "--entrypoint", "--", "x"], "--entrypoint"),
+        (["podman", "run", "-itX", "x"], "There is no option -X"),
+        (["podman", "run", "-itp"], "-p"),
         (["podman", "run", "--rm=maybe", "x"], "--rm is true or false, not 'maybe'"),
         (["podman", "run", "--name", "--rm", "x"], "'--rm' cannot name a VM"),
         (["podman", "run", "--entrypoint", "[1]", "x"], "--entrypoint"),
@@ -144,6 +146,12 @@ def test_wrong_words_are_one_sentence_with_a_hint_and_125(words: list[str], mess
         (["--log-prefix=false"], {"log_prefix": False}),
         (["--cmd", "-v --rm=false", "-e", "-x=--rm"], {"cmd": "-v --rm=false", "env": ["-x=--rm"], "rm": True}),
         (["--entrypoint", "-", "-it", "--"], {"entrypoint": "-", "interactive": True, "tty": True}),
+        (["-it", "--tty=false"], {"interactive": True, "tty": False}),
+        (["--tty=false", "-it"], {"interactive": True, "tty": True}),
+        (["-dt=false"], {"detach": True, "tty": False}),
+        (["-dp", "80:80", "--rm=false"], {"detach": True, "publish": ["80:80"], "rm": False}),
+        (["-itv", "a:b", "--rm=false"], {"interactive": True, "tty": True, "map": ["a:b"], "rm": False}),
+        (["-itva:b", "-u0", "-eA=1", "-w=/x", "-e-x=1"], {"tty": True, "map": ["a:b"], "user": "0", "env": ["A=1", "-x=1"], "workdir": "/x"}),
     ],
 )
 def test_options_are_spelled_as_for_podman(words: list[str], expected: dict[str, object]) -> None:
@@ -151,6 +159,13 @@ def test_options_are_spelled_as_for_podman(words: list[str], expected: dict[str,
     args = build("podman").parse_args(["podman", "run", *words, *rest])
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.words[-len(rest) :] == rest
+
+
+@pytest.mark.parametrize("words", [["-it", "-eA=1", "-u0"], ["-ite", "A=1", "-u", "0"], ["-tiu0", "-e=A=1"]])
+def test_options_of_exec_may_stand_in_one_word(words: list[str]) -> None:
+    rest = ["web", "sh", "-it", "--tty=false"]
+    args = build("exec").parse_args(["exec", *words, *rest])
+    assert (args.interactive, args.tty, args.env, args.user, args.words) == (True, True, ["A=1"], "0", rest)
 
 
 def test_the_hint_for_a_wrong_option_is_the_help_of_its_command(tmp_path: Path) -> None:

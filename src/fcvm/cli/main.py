@@ -82,11 +82,16 @@ class Parser(argparse.ArgumentParser):
     def _plain(self, args: Sequence[str]) -> list[str]:
         """What Podman takes as well, as argparse wants it: flags with a value (`--rm=false`), values with a dash (`--cmd -v`).
 
+        Short options in one word (`-itv a:b`) are taken apart for that: behind flags one may take the rest, or the next word.
         Only up to the first word that is no option: behind it a container's command may stand.
         """
         words, plain = list(args), list[str]()
         while words and words[0].startswith("-") and words[0] not in ("-", "--"):
             word = words.pop(0)
+            short = self._option_string_actions.get(word[:2])
+            if short is not None and word[2:] and word[2] != "=":
+                words[:0] = [word[:2], f"-{word[2:]}" if short.nargs == 0 else word[2:]]
+                continue
             option, given, value = word.partition("=")
             action = self._option_string_actions.get(option)
             if given and isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
