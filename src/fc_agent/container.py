@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -38,6 +39,7 @@ class Container:
         """
         self._service = service
         self.plan = plan
+        self.hostname = socket.gethostname()  # the name that the VM has now; in a clone that of its source
         try:
             answer = service.request("POST", "/containers/create", specification(plan, volumes))
             self.id = str(answer["Id"])

@@ -223,7 +223,7 @@ def process(container: Container, request: Request) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise LaunchError("The container is not running.") from error
     env = dict(entry.partition("=")[::2] for entry in value.get("env", []))
-    if "HOSTNAME" in env and "HOSTNAME" not in (container.plan.env or {}):  # Podman's, of when the container was made
+    if env.get("HOSTNAME") == container.hostname and "HOSTNAME" not in (container.plan.env or {}):  # Podman's, not the image's
         env["HOSTNAME"] = socket.gethostname()
     if request.user is not None:
         user, home = find_user(f"/proc/{container.pid}/root", request.user)

@@ -21,6 +21,7 @@ CHANGES = ("ENV FROM_IMAGE=yes", 'CMD ["/bin/sh", "-c", "echo the image says so"
 # Of a second image, localhost/own, which sets all that a run may leave to it
 OWN = (
     r'ENTRYPOINT ["/bin/sh", "-c", "pwd; id -un; echo \"$@\"; cat", "own"]', 'CMD ["one", "two"]', "USER app", "WORKDIR /home/app",
+    "ENV HOSTNAME=0.0.0.0",
 )  # fmt: skip
 
 

@@ -161,10 +161,10 @@ def test_the_images_own_command(guest: Guest) -> None:
     assert guest.main()[1] == b"the image says so\n"
 
 
-def test_the_images_own_entrypoint_user_and_directory(guest: Guest) -> None:
+def test_the_images_own_entrypoint_user_directory_and_environment(guest: Guest) -> None:
     guest.plan(image="localhost/own", stdin=True)
     guest.wait("started")
-    assert guest.exec("sh", "-c", "pwd; id -un")[1] == b"/home/app\napp\n"
+    assert guest.exec("sh", "-c", "pwd; id -un; echo $HOSTNAME")[1] == b"/home/app\napp\n0.0.0.0\n"
     assert guest.main(stdin=b"")[1] == b"/home/app\napp\none two\n"
 
 

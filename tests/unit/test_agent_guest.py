@@ -377,11 +377,28 @@ def test_a_program_that_cannot_be_started_leaves_no_files(root: Path, tmp_path: 
     monkeypatch.setattr(exec, "DIRECTORY", str(directory))
     monkeypatch.setattr(exec, "CRUN", "/nonexistent")
     (tmp_path / "config.json").write_text(json.dumps({"process": {"user": {"uid": 0}}}))
-    running = SimpleNamespace(directory=str(tmp_path), pid=os.getpid(), id="container")
+    running = SimpleNamespace(directory=str(tmp_path), pid=os.getpid(), id="container", hostname="vm")
     for request in (Request(argv=["x"], user="nosuchuser"), Request(argv=["x"]), Request(argv=["x"], tty=True)):
         with pytest.raises(LaunchError):
             exec.launch(running, request)  # type: ignore[arg-type]
     assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("made_with", "set_by_run", "said"),
+    [("source", None, "clone"), ("0.0.0.0", None, "0.0.0.0"), ("source", "source", "source"), (None, None, None)],
+)
+def test_a_command_has_the_hostname_that_the_container_would_have(
+    made_with: str | None, set_by_run: str | None, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Podman adds the VM's name where neither the image nor the run sets HOSTNAME; a clone has another name."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "clone")
+    env = [f"HOSTNAME={made_with}"] if made_with else []
+    (tmp_path / "config.json").write_text(json.dumps({"process": {"user": {"uid": 0}, "env": env}}))
+    plan = ContainerPlan("image", env={"HOSTNAME": set_by_run} if set_by_run else {})
+    running = SimpleNamespace(directory=str(tmp_path), plan=plan, hostname="source")
+    value = exec.process(running, Request(argv=["x"]))  # type: ignore[arg-type]
+    assert value["env"] == ([f"HOSTNAME={said}"] if said else [])
 
 
 def test_sessions_are_served_on_when_there_were_too_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
