@@ -34,11 +34,14 @@ def lock_fd(volume: Volume, node: Node) -> Fd:
     return lock_path(path, False)
 
 
-def _owner(volume: Volume, worker: Worker, handle: Handle, owner: int, pid: int) -> Owner:
+def _owner(volume: Volume, number: int, handle: Handle, owner: int, pid: int) -> Owner:
     known = volume.records.owner(handle.node.id, owner)
     if known is None:
         known = volume.records.add(handle.node.id, owner, lock_fd(volume, handle.node), pid)
-    handle.owners.add(owner)
+    if owner not in handle.owners:
+        handle.owners.add(owner)
+        if volume.journal is not None:
+            volume.journal.add(("owner", number, owner))
     return known
 
 
@@ -121,7 +124,7 @@ def setlk(
         raise OSError(errno.EINVAL, "only files have record locks")
     if kind == fcntl.F_UNLCK and volume.records.owner(handle.node.id, owner) is None:
         return b""
-    volume.records.set(handle.node.id, owner, _owner(volume, worker, handle, owner, pid), kind, start, end, wait)
+    volume.records.set(handle.node.id, owner, _owner(volume, number, handle, owner, pid), kind, start, end, wait)
     return b""
 
 

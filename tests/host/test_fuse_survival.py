@@ -18,6 +18,7 @@ import pytest
 from fuse_support import Mount, error_of
 from fuse_tree import as_user
 
+from fuse_pipe import linux
 from fuse_pipe.server import listening
 
 
@@ -146,6 +147,31 @@ def test_what_is_closed_while_there_is_no_server_is_closed_and_unlocked(base: Pa
                 fuse_support.wait_for(
                     lambda host=host: not error_of(fcntl.flock, host, fcntl.LOCK_EX | fcntl.LOCK_NB), "the lock", 10
                 )
+
+
+def test_a_lock_of_an_open_file_is_given_up_with_it_whenever_that_is_closed(base: Path) -> None:
+    """F_OFD_SETLK: by a close while there is no server, or later."""
+    with fuse_support.mount(base, serve=("--journals", str(base / "journals"))) as mounted:
+        (mounted.path / "f").touch()
+
+        def lock_on_host() -> str:
+            with (mounted.host / "f").open("r+b") as host:
+                return error_of(fcntl.lockf, host, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        for early in (False, True):
+            near, far = socket.socketpair()
+            with near, far:
+                with (mounted.path / "f").open("r+b", buffering=0) as file:
+                    linux.ofd_lock(file.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 0)
+                    socket.send_fds(near, [b"x"], [file.fileno()])
+                mounted.stop_server(signal.SIGKILL)
+                if not early:
+                    mounted.start_server()
+                    (mounted.path / "f").stat()
+                    assert lock_on_host() in ("EAGAIN", "EACCES")
+            if early:
+                mounted.start_server()
+            fuse_support.wait_for(lambda: not lock_on_host(), "the lock", 10)
 
 
 def test_server_without_memory_heals_names(base: Path) -> None:

@@ -685,6 +685,41 @@ def test_a_lock_is_noted_before_its_answer_goes_out(tmp_path: Path, monkeypatch:
     server.close()
 
 
+def test_a_lock_of_an_open_file_ends_with_it_in_the_next_server_too(tmp_path: Path) -> None:
+    """One of F_OFD_SETLK: no FLUSH names its owner, only RELEASE gives it up."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    c.call(m.SETLK, node, fh=fh, owner=77, start=0, end=9, type=fcntl.F_WRLCK, pid=33)
+    state = server.save()
+    shutil.copytree(journals, tmp_path / "killed")
+    c.close()
+    server.close()
+    for options in ({"journals": str(tmp_path / "killed")}, {"journals": str(tmp_path / "killed")}, {"state": state}):
+        server = Server(str(root), **options)
+        assert held(server) == [(node, 77)]
+        copy = shutil.copytree(tmp_path / "killed", tmp_path / "at work")
+        c = Client(server, received=3)
+        c.unique = 1000
+        c.call(m.FLUSH, node, fh=fh, lock_owner=5)
+        assert held(server) == [(node, 77)]
+        c.call(m.RELEASE, node, fh=fh)
+        assert held(server) == []
+        c.close()
+        server.close()
+        shutil.rmtree(tmp_path / "killed")
+        copy.rename(tmp_path / "killed")
+
+
+def held(server: Server) -> list[tuple[int, int]]:
+    """Node and owner of record locks, as a saved state has them."""
+    (session,) = server.save()["sessions"]
+    return [(node, owner) for node, owner, *_ in session["volume"]["locks"]]
+
+
 def test_a_lost_journal_is_not_replaced_by_an_older_state(tmp_path: Path) -> None:
     root, journals = tmp_path / "root", tmp_path / "journals"
     root.mkdir()
