@@ -101,7 +101,7 @@ class Session:
         self.waiting: dict[int, Waiting] = {}
         self._interrupted: OrderedDict[int, None] = OrderedDict()  # requests to interrupt that are not waiting yet
         self._threads = threading.BoundedSemaphore(THREADS)
-        self.idle = threading.Condition()  # notified when slow requests end
+        self.idle = threading.Condition(self.lock)  # notified when slow requests end, or begin to wait
         if volume.watcher is not None:
             volume.watcher.notify = self._notify
         self.unnotified = False  # notifications were dropped because nobody took them
@@ -299,7 +299,6 @@ class Session:
         with self.lock:
             self.answering.add(unique)
             wanted = unique in self.slow
-        with self.idle:
             self.idle.notify_all()
         if wanted and reply is not None:
             replies: list[Buffers] = []
@@ -320,6 +319,7 @@ class Session:
             self.waiting[unique] = waiting
             waiting.interrupted = unique in self._interrupted
             self._interrupted.pop(unique, None)
+            self.idle.notify_all()
         try:
             while not waiting.interrupted:
                 reply = self.execute(this_worker(), memoryview(message))

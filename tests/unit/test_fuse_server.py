@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.records import set_range
 from fuse_pipe.server import Server, listening
+from fuse_pipe.session import Session
 from fuse_pipe.state import rewrite_journal
 
 
@@ -412,6 +413,83 @@ def test_a_request_is_in_the_state_until_its_answer_is(tmp_path: Path, monkeypat
     go.set()
     assert m.decode_reply(m.FSYNC, c.receive())[0] == unique
     wait_for(lambda: not server.save()["sessions"][0]["waiting"], "the end of the request")
+    c.close()
+    server.close()
+
+
+def saved_in_time(server: Server) -> dict[str, Any]:
+    """The state of the one mount; not having it fails the test rather than hang it."""
+    states: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: states.extend(server.save()["sessions"]), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert states, "the state is waited for in vain"
+    return states[0]
+
+
+def test_a_state_waits_for_no_lock_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for one whose thread was not there yet when it looked first: who would give it up is held off."""
+    go = threading.Event()
+    wait = Session._wait
+
+    def late(self: Session, *arguments: Any) -> Any:
+        assert go.wait(60)
+        return wait(self, *arguments)
+
+    monkeypatch.setattr(Session, "_wait", late)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9}
+    c.call(m.SETLK, node, owner=1, type=fcntl.F_WRLCK, **lock)
+    waiting = c.send(m.SETLKW, node, owner=2, type=fcntl.F_WRLCK, **lock)
+    session = server.sessions["test"]
+    wait_for(lambda: session.slow, "the request")
+    states: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: states.extend(server.save()["sessions"]), daemon=True)
+    thread.start()
+    wait_for(lambda: session.idle._waiters, "the look")
+    go.set()
+    thread.join(60)
+    assert [len(state["waiting"]) for state in states] == [1]
+    unlocked = c.send(m.SETLK, node, owner=1, type=fcntl.F_UNLCK, **lock)
+    assert {m.OUT_HEADER.unpack_from(c.receive())[2] for _ in range(2)} == {unlocked, waiting}
+    c.close()
+    server.close()
+
+
+def test_a_state_does_not_miss_the_end_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go = threading.Event(), threading.Event()
+    send = channel.Channel.send
+
+    def late(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        if threading.current_thread().name == "fuse_pipe slow":
+            reached.set()
+            assert go.wait(60)
+        send(self, messages)
+
+    class Looked(dict[int, Any]):
+        """When it is looked at, the request ends, if it can."""
+
+        def __iter__(self) -> Iterator[int]:
+            if not session.lock.locked():
+                go.set()
+                wait_for(lambda: not session.slow, "the end")
+            return super().__iter__()
+
+    monkeypatch.setattr(channel.Channel, "send", late)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    session = server.sessions["test"]
+    c.send(m.FSYNC, node, fh=fh)
+    assert reached.wait(60)
+    session.waiting = Looked()
+    assert saved_in_time(server)["name"] == "test"
+    go.set()
+    c.receive()
     c.close()
     server.close()
 
