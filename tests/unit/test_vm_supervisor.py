@@ -389,6 +389,24 @@ def test_a_killed_vm_does_not_wait_for_ever_for_its_reader(vm: Supervisor, monke
     assert vm.exit == {"code": 137}
 
 
+@pytest.mark.parametrize(
+    ("exit", "line"),
+    [
+        ({"code": 137}, "fcvm: The VM was killed before its container had ended.\n"),
+        ({"type": "exit", "code": 137, "oom": False}, ""),  # by its own stop timeout
+        ({"code": 1, "message": "The VM's disk is full."}, "fcvm: The VM's disk is full.\n"),
+    ],
+)
+def test_the_console_of_a_kept_vm_ends_with_why_it_ended(vm: Supervisor, exit: dict[str, Any], line: str) -> None:
+    vm.spec = replace(vm.spec, remove=False)
+    vm.directory.mkdir()
+    (vm.directory / "console.log").write_text("[1.0] Linux\n")
+    vm.killing, vm.exit = True, exit
+    vm._leave()
+    assert (vm.directory / "console.log").read_text() == f"[1.0] Linux\n{line}"
+    assert (vm.entry.record.status, vm.entry.record.exit_code) == ("exited", exit["code"])
+
+
 class Carried:
     """As much of a supervisor as ``run.drive`` needs: its life ends when it is killed."""
 

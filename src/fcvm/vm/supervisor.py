@@ -266,6 +266,8 @@ class Supervisor:
         ended: dict[str, Any] = self.exit or {}
         if self._failure is not None and self.phase == "running":
             ended = {"code": self._failure.exit_code, "message": self._failure.message} | ended
+        elif self.killing and ended == {"code": KILLED}:  # of its end the agent had not told
+            ended = {"message": "The VM was killed before its container had ended."} | ended
         if self.spec.remove or not ended:
             remove(self.directory)
             return
