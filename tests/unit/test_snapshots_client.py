@@ -63,6 +63,30 @@ def test_signals_that_end_nothing_reach_the_containers_of_clones(tmp_path: Path,
     assert told == [{"op": "signal", "signal": signal.SIGUSR1}, {"op": "kill"}]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"op": "signal"},
+        {"op": "signal", "signal": "USR1"},
+        {"op": "signal", "signal": [10]},
+        {"op": "signal", "signal": 1 << 40},
+        {"op": "stop", "timeout": "soon"},
+    ],
+)
+def test_what_a_client_says_wrongly_does_not_end_its_clone(wrong: dict[str, object]) -> None:
+    """Its supervisor would end by it."""
+    ours, theirs = socket.socketpair()
+    told: list[dict[str, object]] = []
+    served = server.Client(theirs, {}, [])
+    served.supervisor = SimpleNamespace(ask=told.append)  # type: ignore[assignment]
+    with ours:
+        for message in (wrong, {"op": "stop", "timeout": 5}):
+            servers.send(ours, message)
+    served.listen()
+    served.close()
+    assert told == [{"op": "stop", "timeout": 5}, {"op": "kill"}]
+
+
 class Connected(Clone):
     """A clone that takes a descriptor, as a connection does."""
 

@@ -16,6 +16,7 @@ from fcvm.network.attach import Network
 from fcvm.snapshots import servers, store
 from fcvm.snapshots.pool import Loaded
 from fcvm.vm import network as networks
+from fcvm.vm import rpc
 from fcvm.vm.output import Marks, Output, write_while
 from fcvm.vm.spec import RunSpec
 from fcvm.vm.start import Start
@@ -128,7 +129,7 @@ class Client:
         for message in self.messages:
             if message.get("op") == "detach":
                 self.detached = True
-            elif self.supervisor is not None and message.get("op") in ("stop", "kill", "signal"):
+            elif self.supervisor is not None and message.get("op") in ("stop", "kill", "signal") and rpc.is_sound(message):
                 self.supervisor.ask(message)
         if self.supervisor is not None and not self.detached:
             self.supervisor.ask({"op": "kill"})

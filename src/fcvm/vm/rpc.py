@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fcvm.errors import FcvmError, NotFoundError, UsageError
 from fcvm.linux import sockets
+from fcvm.signals import PASSED_ON
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,13 +55,16 @@ def receive(connection: socket.socket) -> dict[str, Any]:
         request = json.loads(read_line(connection))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"The request is malformed: {error}.") from error
-    if not isinstance(request, dict) or not _is_timeout(request.get("timeout")):
+    if not isinstance(request, dict) or not is_sound(request):
         raise UsageError("The request is malformed.")
     return request
 
 
-def _is_timeout(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 <= value <= MAX_TIMEOUT)
+def is_sound(request: dict[str, Any]) -> bool:
+    """Whether what it says of a timeout or a signal can be carried out."""
+    timeout = request.get("timeout")
+    timed = timeout is None or (isinstance(timeout, int | float) and 0 <= timeout <= MAX_TIMEOUT)
+    return timed and (request.get("op") != "signal" or request.get("signal") in PASSED_ON)
 
 
 def read_line(connection: socket.socket) -> bytes:
