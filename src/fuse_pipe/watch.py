@@ -48,6 +48,7 @@ class Watcher:
         self._expected: dict[
             tuple[int, bytes], int
         ] = {}  # (watch, name) -> events that the kernel's own requests raise
+        self._lock = threading.Lock()  # for _expected: a count that is one too high hides a change by the host
         self._deferred: dict[Node, None] = {}
         self._thread = threading.Thread(target=self._run, name="fuse_pipe watcher", daemon=True)
 
@@ -90,7 +91,7 @@ class Watcher:
         """The kernel knows the directory no more."""
         watch, directory.watch = directory.watch, None
         if watch is not None and self.watches.get(watch) is directory:
-            del self.watches[watch]
+            self.watches.pop(watch, None)  # _judge may have done so just now
             with contextlib.suppress(OSError):  # the directory is gone, and its watch with it
                 linux.inotify_remove(self.fd, watch)
 
@@ -98,12 +99,17 @@ class Watcher:
         """The kernel's own request is about to raise an event for each of these names (or, with -1, did not)."""
         for directory, name in names:
             if directory.watch is not None and directory.watch >= 0:
-                key = (directory.watch, name)
-                left = self._expected.get(key, 0) + count
-                if left > 0:
-                    self._expected[key] = left
-                else:
-                    self._expected.pop(key, None)
+                self._count((directory.watch, name), count)
+
+    def _count(self, key: tuple[int, bytes], count: int) -> bool:
+        """Expect so many events more; whether any were expected before."""
+        with self._lock:
+            before = self._expected.get(key, 0)
+            if before + count > 0:
+                self._expected[key] = before + count
+            else:
+                self._expected.pop(key, None)
+        return before > 0
 
     def _run(self) -> None:
         poll = select.poll()
@@ -130,31 +136,25 @@ class Watcher:
     def _judge(self, data: bytes) -> None:
         """Look at every event that is not expected."""
         names: set[tuple[Node, bytes]] = set()
-        expected, watches, unpack = self._expected, self.watches, _EVENT.unpack_from
+        watches, unpack = self.watches, _EVENT.unpack_from
         at, end, now = 0, len(data), time_ns()
         while at < end:
             watch, mask, _, length = unpack(data, at)
             name = data[at + 16 : data.index(0, at + 16)] if length else b""
             at += 16 + length
             if mask & NAMES:
-                left = expected.get((watch, name))
-                if left is not None:
-                    if left > 1:
-                        expected[(watch, name)] = left - 1
-                    else:
-                        del expected[(watch, name)]
-                elif watch in watches:
-                    names.add((watches[watch], name))
+                if not self._count((watch, name), -1) and (directory := watches.get(watch)) is not None:
+                    names.add((directory, name))
                 continue
             if mask & IN_Q_OVERFLOW:
-                expected.clear()
+                self._expected.clear()
                 self.check_all()
                 continue
             directory = watches.get(watch)
             if directory is None:
                 continue
             if mask & IN_IGNORED:
-                del watches[watch]
+                watches.pop(watch, None)  # remove may have done so just now
                 directory.watch = None
                 continue
             node = directory.children.get(name) if name else directory

@@ -1,0 +1,91 @@
+"""What the watcher makes of the host's events, whatever other threads do meanwhile."""
+
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuse_pipe import watch
+from fuse_pipe.nodes import Node
+from fuse_pipe.volume import Volume
+from fuse_pipe.watch import Watcher
+
+NUMBER = 7  # of the watch of the root
+
+
+class Taken(dict[Any, Any]):
+    """Another thread removes what was just looked for."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().pop(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return super().pop(key, None) is not None
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> Iterator[Watcher]:
+    """A watcher whose thread does not run: the tests do what it does."""
+    volume = Volume(str(tmp_path), watch=False)
+    made = Watcher(volume)
+    root = volume.table.root
+    root.watch = NUMBER
+    made.watches[NUMBER] = root
+    yield made
+    for fd in (made.fd, made._stop_read, made._stop_write):
+        os.close(fd)
+    volume.close()
+
+
+def root_of(watcher: Watcher) -> Node:
+    return watcher.volume.table.root
+
+
+def event(mask: int, name: bytes = b"") -> bytes:
+    padded = name + bytes(-len(name) % 16) if name else b""
+    return struct.pack("iIII", NUMBER, mask, 0, len(padded)) + padded
+
+
+@pytest.mark.parametrize("mask", [watch.IN_IGNORED, watch.IN_CREATE])
+def test_a_directory_that_is_forgotten_as_its_event_is_read(watcher: Watcher, mask: int) -> None:
+    watcher.watches = Taken(watcher.watches)
+    watcher._judge(event(mask, b"f" if mask == watch.IN_CREATE else b""))
+    assert not watcher.watches
+
+
+def test_a_directory_whose_end_is_read_as_it_is_forgotten(watcher: Watcher) -> None:
+    watcher.watches = Taken(watcher.watches)
+    watcher.remove(root_of(watcher))
+    assert not watcher.watches
+    assert root_of(watcher).watch is None
+
+
+def test_an_event_that_is_read_as_it_is_found_not_to_come(watcher: Watcher) -> None:
+    watcher._expected = Taken({(NUMBER, b"f"): 1})
+    watcher._judge(event(watch.IN_CREATE, b"f"))
+    assert not watcher._expected
+
+
+def test_events_are_counted_while_others_are_expected(watcher: Watcher) -> None:
+    """One too many, and a change by the host would be taken for the kernel's own."""
+    names = ((root_of(watcher), b"f"),)
+    others: list[threading.Thread] = []
+
+    class Overtaken(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            found = super().get(key, default)
+            if not others:
+                others.append(threading.Thread(target=watcher._judge, args=(event(watch.IN_CREATE, b"f"),)))
+                others[0].start()
+                others[0].join(1)  # longer than it takes, where nothing holds it up
+            return found
+
+    watcher.expect(names, 2)
+    watcher._expected = Overtaken(watcher._expected)
+    watcher.expect(names)
+    others[0].join()
+    assert watcher._expected == {(NUMBER, b"f"): 2}
