@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import resource
+import select
 import stat
 import threading
 from collections.abc import Iterator
@@ -124,6 +125,9 @@ class NodeTable:
         self.by_id = {ROOT_ID: self.root}
         self.by_key = {(info.st_dev, info.st_ino): self.root}
         self._systems = {info.st_dev: linux.file_system(root)}
+        self._mountinfo = Fd(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
+        self._mounts = select.poll()  # tells once of everything that was mounted or unmounted (proc_pid_mounts(5))
+        self._mounts.register(self._mountinfo.n, select.POLLPRI)
         self._exact = info.st_dev if _LINUX >= (6, 13) and self._systems[info.st_dev] in _MULTIGRAIN else None
         self.limit = limit or min(max(raise_descriptor_limit() // 2, 64), 65536)
         self.lock = threading.Lock()
@@ -140,10 +144,18 @@ class NodeTable:
         return 0 if info.st_dev == self._exact else TICK_NS
 
     def _system(self, node: Node) -> str:
-        """The name of the file system that the node is on; it is looked up once for each."""
-        name = self._systems.get(node.dev)
+        """The name of the file system that the node is on. It is looked up once for each, and again when something was
+        mounted: the number of what is unmounted is used again. That of the root's is not, which is open here.
+        """
+        if node.dev != self.root.dev:
+            with self.lock:
+                if self._mounts.poll(0):
+                    self._systems = {self.root.dev: self._systems[self.root.dev]}
+        systems = self._systems
+        name = systems.get(node.dev)
         if name is None:
-            name = self._systems[node.dev] = linux.file_system(self.fd(node).n)
+            fd = self.fd(node)
+            name = systems[node.dev] = linux.file_system(fd.n)
         return name
 
     def raises_events(self, node: Node) -> bool:

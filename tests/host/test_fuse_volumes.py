@@ -25,6 +25,7 @@ from fuse_support import Mount, error_of
 from fuse_tree import as_user
 
 from fuse_pipe import linux
+from fuse_pipe.nodes import NodeTable
 
 O_TMPFILE = os.O_TMPFILE
 MS_BIND = 4096
@@ -814,6 +815,29 @@ def test_what_raises_no_events_is_not_believed_for_long() -> None:
                 eventually(lambda: not names[0].exists())
         finally:
             linux.umount(str(below), linux.MNT_DETACH)
+
+
+def test_the_next_file_system_with_the_same_device_number() -> None:
+    with fuse_support.scratch() as base:
+        below = base / "below"
+        below.mkdir()
+        for _ in range(20):  # who else mounts something on this host may get the number
+            table = NodeTable(os.open(base, os.O_PATH | os.O_CLOEXEC))
+            numbers = []
+            for kind in ("tmpfs", "proc"):
+                linux.mount("none", str(below), kind, 0, "")
+                try:
+                    numbers.append(below.stat().st_dev)
+                    node = table.learn(table.root, b"below", below.stat())
+                    assert table.raises_events(node) == (kind == "tmpfs")
+                    assert table.of_kernel(node) == (kind == "proc")
+                    table.forget(node.id, 1)
+                finally:
+                    linux.umount(str(below), linux.MNT_DETACH)
+            if len(set(numbers)) == 1:
+                break
+        else:
+            pytest.skip("device numbers are not used again")
 
 
 def test_files_of_the_hosts_kernel() -> None:

@@ -1,6 +1,7 @@
 """What a node table knows of the file system that it serves."""
 
 import os
+import select
 import stat
 import threading
 from pathlib import Path
@@ -68,3 +69,32 @@ def test_directories_that_were_moved_into_each_other_are_not_looked_for_in_circl
     thread.start()
     thread.join(20)
     assert errors == ["ESTALE"]
+
+
+def test_a_device_number_is_looked_up_again_when_something_was_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unmounted below the directory gives its number to the next that is mounted."""
+    table = nodes.NodeTable(opened("/"))
+    below = table.learn(table.root, b"proc", os.stat("/proc"))
+    looked: list[int] = []
+    events: list[tuple[int, int]] = []
+
+    class Mounts:
+        def poll(self, timeout: float) -> list[tuple[int, int]]:
+            assert timeout == 0
+            return [events.pop()] if events else []
+
+    def is_now(name: str) -> None:
+        monkeypatch.setattr(linux, "file_system", lambda fd: looked.append(fd) or name)
+        events.append((0, select.POLLPRI | select.POLLERR))
+
+    monkeypatch.setattr(table, "_mounts", Mounts())
+    is_now("tmpfs")
+    assert table.raises_events(below)
+    assert not table.of_kernel(below)
+    assert len(looked) == 1
+    is_now("nfs4")
+    assert not table.raises_events(below)
+    is_now("sysfs")
+    assert table.of_kernel(below)
+    is_now("nfs4")
+    assert table.raises_events(table.root)  # which keeps its number
