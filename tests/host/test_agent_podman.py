@@ -19,18 +19,16 @@ from typing import Any
 import pytest
 
 from fc_agent.protocol import ContainerPlan, HealthPlan, Identity, NetworkPlan, Plan, VolumePlan
-from fcvm import config, setup
+from fcvm import config
 from fcvm.agent.session import Client, Exit, Request, Resume, stream
-from fcvm.errors import SetupError
+from fcvm.setup import assets
 from fcvm.storage.layout import Layout
 
 
 def root_image() -> Path | None:
     settings = config.load()
-    try:
-        return setup.find(settings, Layout(settings.base_dir)).root_image
-    except SetupError:
-        return None
+    base, image = assets.image_of(settings, Layout(settings.base_dir))
+    return None if image is None else base / "guest" / image.id / "root.img"
 
 
 pytestmark = [

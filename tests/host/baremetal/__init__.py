@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from fcvm import config, setup
-from fcvm.errors import SetupError
+from fcvm import config
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import VSOCK, Firecracker
 from fcvm.linux import inotify, sockets
 from fcvm.process import run
+from fcvm.setup import assets
 from fcvm.snapshots import create, restore, store
 from fcvm.snapshots.manifest import Manifest, this_host
 from fcvm.snapshots.store import Snapshot
@@ -49,10 +49,10 @@ def firecracker() -> Path:
     if os.environ.get("FCVM_FIRECRACKER"):
         return Path(os.environ["FCVM_FIRECRACKER"])
     settings = config.load()
-    try:
-        return setup.find(settings, Layout(settings.base_dir)).firecracker
-    except SetupError:
+    _, found = assets.firecracker_of(settings, Layout(settings.base_dir))
+    if found is None:
         pytest.skip("needs Firecracker: fcvm setup")
+    return Path(found.path)
 
 
 def kernel() -> Path:
