@@ -15,6 +15,7 @@ import marshal
 import os
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -58,19 +59,22 @@ class Journal:
         """Write what was added. It is in the kernel then, where the end of this process does not touch it."""
         if self.records:
             with self._lock:
-                count = len(self.records)
-                data = b"".join(map(marshal.dumps, self.records[:count]))
-                del self.records[:count]
-                if self.lost:
-                    return
-                try:
-                    _write(self._fd, data)
-                    self._size += len(data)
-                except OSError as error:
-                    log.warning("%s: %s; what is open is lost if this process is killed", self.path, error.strerror)
-                    self.lost = True
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(self._fd, 0)
+                self._write_added()
+
+    def _write_added(self) -> None:
+        count = len(self.records)
+        data = b"".join(map(marshal.dumps, self.records[:count]))
+        del self.records[:count]
+        if self.lost:
+            return
+        try:
+            _write(self._fd, data)
+            self._size += len(data)
+        except OSError as error:
+            log.warning("%s: %s; what is open is lost if this process is killed", self.path, error.strerror)
+            self.lost = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
 
     def outgrown(self) -> bool:
         """Whether to rewrite it now: it is much larger than it need be, or was lost. Not said again for some time."""
@@ -79,13 +83,17 @@ class Journal:
         self._next = now + REWRITE_AGAIN
         return True
 
-    def rewrite(self, state: dict[str, Any]) -> None:
-        """Begin anew from a full state and the last answers; nothing may be added meanwhile.
+    def rewrite(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Begin anew from a full state and the last answers. ``make_state`` must not flush.
+
+        Only locks may be added meanwhile: whether the state has them or not, they are written behind it.
 
         Raises:
             OSError: it cannot be written; the journal is what it was.
         """
         with self._lock:
+            self._write_added()  # the state has it, and references to a node must not be counted twice
+            state = make_state()
             new = self.path.with_suffix(".new")
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
@@ -100,7 +108,6 @@ class Journal:
             os.close(self._fd)
             self._fd, self._size, self.lost = fd, len(data), False
             self._most = max(REWRITE, 2 * len(data))
-            self.records.clear()
 
     def close(self, *, remove: bool) -> None:
         """Close the file; with ``remove`` the mount is over and the file goes."""

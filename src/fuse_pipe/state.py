@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fuse_pipe import linux, locking
@@ -50,38 +51,47 @@ def save(server: "Server") -> dict[str, Any]:
 
 def rewrite_journal(session: Session) -> None:
     """Have the journal of a mount begin anew, if it has one and there is room."""
-    with contextlib.suppress(OSError):
-        save_session(session, journal=True)
+    with contextlib.suppress(OSError), _still(session):
+        if session.volume.journal is not None:
+            session.volume.journal.rewrite(lambda: _save_session(session))
 
 
-def save_session(session: Session, *, journal: bool = False) -> dict[str, Any]:
-    """The state of one mount; with ``journal`` its journal begins anew with it, or OSError is raised."""
+def save_session(session: Session) -> dict[str, Any]:
+    """The state of one mount."""
+    with _still(session):
+        return _save_session(session)
+
+
+@contextlib.contextmanager
+def _still(session: Session) -> Iterator[None]:
+    """No request is under way but those that wait for locks, which may get them meanwhile."""
     session.gate.close()
     try:
         session.drain()
-        with session.lock:
-            waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
-            channels = [  # after those, whose answers may just be on their way
-                [
-                    c.number,
-                    c.received,
-                    c.base,
-                    [_text(b"".join(bytes(part) for part in message)) for message in c.unknown()],
-                ]
-                for c in session.channels.values()
-            ]
-        state = {
-            "name": session.name,
-            "channels": channels,
-            "waiting": waiting,
-            "answers": [[unique, _text(answer)] for unique, answer in list(session.answers.items())],
-            "volume": _save_volume(session.volume),
-        }
-        if journal and session.volume.journal is not None:
-            session.volume.journal.rewrite(state)
-        return state
+        yield
     finally:
         session.gate.open()
+
+
+def _save_session(session: Session) -> dict[str, Any]:
+    with session.lock:
+        waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
+        channels = [  # after those, whose answers may just be on their way
+            [
+                c.number,
+                c.received,
+                c.base,
+                [_text(b"".join(bytes(part) for part in message)) for message in c.unknown()],
+            ]
+            for c in session.channels.values()
+        ]
+    return {
+        "name": session.name,
+        "channels": channels,
+        "waiting": waiting,
+        "answers": [[unique, _text(answer)] for unique, answer in list(session.answers.items())],
+        "volume": _save_volume(session.volume),
+    }
 
 
 def _save_volume(volume: Volume) -> dict[str, Any]:

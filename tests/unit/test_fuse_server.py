@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse_pipe import __main__ as command
-from fuse_pipe import channel
+from fuse_pipe import channel, linux
 from fuse_pipe import journal as journal_module
 from fuse_pipe import messages as m
 from fuse_pipe import records as records_module
 from fuse_pipe import server as server_module
 from fuse_pipe import session as session_module
+from fuse_pipe import state as state_module
 from fuse_pipe.errors import ConnectionLost, FusePipeError, ProtocolError
 from fuse_pipe.journal import Journal, Replay
 from fuse_pipe.records import set_range
 from fuse_pipe.server import Server, listening
 from fuse_pipe.session import Session
 from fuse_pipe.state import rewrite_journal
+from fuse_pipe.volume import Volume
 
 
 def test_create_write_read_and_names(tmp_path: Path) -> None:
@@ -571,7 +573,7 @@ def test_journal_replays_what_was_written(tmp_path: Path) -> None:
     assert state["volume"]["handles"] == [[3, 7, os.O_RDWR, fcntl.F_UNLCK, []]]
     assert state["volume"]["locks"] == [[7, 1, 2, [(0, 9, fcntl.F_WRLCK)]]]
     assert len(state["answers"]) == 1
-    journal.rewrite(state)
+    journal.rewrite(lambda: state)
     again = Replay()
     again.read(path)
     assert [node[:2] for node in again.state("x")["volume"]["nodes"]] == [[1, 0], [7, 1]]
@@ -585,8 +587,8 @@ def test_a_journal_of_much_is_not_rewritten_with_every_request(
     rewritten: list[int] = []
     rewrite = Journal.rewrite
 
-    def note(self: Journal, state: dict[str, Any]) -> None:
-        rewrite(self, state)
+    def note(self: Journal, make_state: Callable[[], dict[str, Any]]) -> None:
+        rewrite(self, make_state)
         rewritten.append(self.path.stat().st_size)
 
     monkeypatch.setattr(journal_module, "REWRITE", 2000)
@@ -796,6 +798,70 @@ def held(server: Server) -> list[tuple[int, int]]:
     """Node and owner of record locks, as a saved state has them."""
     (session,) = server.save()["sessions"]
     return [(node, owner) for node, owner, *_ in session["volume"]["locks"]]
+
+
+def test_a_lock_that_is_got_while_the_journal_begins_anew_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for one is not held off meanwhile."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    with (root / "f").open("r+b") as host:
+        linux.ofd_lock(host.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 10)
+        fcntl.flock(host, fcntl.LOCK_EX)
+        c.send(m.SETLKW, node, fh=fh, owner=5, start=0, end=9, type=fcntl.F_WRLCK, pid=33)
+        c.send(m.SETLKW, node, fh=fh, owner=6, start=0, end=9, type=fcntl.F_WRLCK, lk_flags=m.LK_FLOCK)
+        session = server.sessions["test"]
+        wait_for(lambda: len(session.waiting) == 2, "the waits")
+        volume = session.volume
+        save_volume = state_module._save_volume
+
+        def granted_behind(saved: Volume) -> dict[str, Any]:
+            state = save_volume(saved)
+            fcntl.flock(host, fcntl.LOCK_UN)
+            linux.ofd_lock(host.fileno(), linux.F_OFD_SETLK, fcntl.F_UNLCK, 0, 0)
+            wait_for(lambda: held_by(volume, node, 5) and volume.handles[fh].flock == fcntl.F_WRLCK, "the locks")
+            return state
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state_module, "_save_volume", granted_behind)
+            rewrite_journal(session)
+        for _ in range(2):
+            c.receive()
+        replay = Replay()
+        replay.read(Path(shutil.copy(journals / "test.journal", tmp_path / "look")))
+        state = replay.state("test")["volume"]
+        assert state["locks"] == [[node, 5, 33, [(0, 9, fcntl.F_WRLCK)]]]
+        assert state["handles"] == [[fh, node, os.O_RDWR, fcntl.F_WRLCK, [5]]]
+        c.close()
+        server.close()
+
+
+def test_a_journal_that_cannot_begin_anew_has_what_was_added_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.journal"
+    journal = Journal(path)
+    journal.add(("open", 3, 7, os.O_RDWR))
+
+    def state() -> dict[str, Any]:
+        journal.add(("flock", 3, fcntl.F_WRLCK))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        journal.rewrite(state)
+    journal.flush()
+    replay = Replay()
+    replay.read(path)
+    assert replay.handles == {3: [3, 7, os.O_RDWR, fcntl.F_WRLCK, []]}
+    journal.close(remove=True)
+
+
+def held_by(volume: Volume, node: int, number: int) -> bool:
+    owner = volume.records.owner(node, number)
+    return owner is not None and bool(owner.held)
 
 
 def test_a_lost_journal_is_not_replaced_by_an_older_state(tmp_path: Path) -> None:
