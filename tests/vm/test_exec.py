@@ -75,6 +75,7 @@ def test_a_terminal_and_its_size(box: str) -> None:
     assert b"31 99" in done.stdout
 
 
+@pytest.mark.timeout(1000)
 def test_many_at_once(box: str) -> None:
     def say(number: int) -> tuple[int, bytes, bytes]:
         done = fcvm("exec", box, "--", "sh", "-c", f"echo out {number}; echo err {number} >&2; exit {number}", timeout=900)

@@ -90,7 +90,11 @@ class Service(threading.Thread):
         self.answer = answer
         if udp:
             self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self.sock.bind((ip, port))
+            try:
+                self.sock.bind((ip, port))
+            except OSError:
+                self.sock.close()
+                raise
         else:
             self.sock = socket.create_server((ip, port))
         self.port: int = self.sock.getsockname()[1]
@@ -161,7 +165,7 @@ def host() -> Iterator[Host]:
     with ExitStack() as stack:
         dns = None
         for ip in own_addresses():
-            with suppress(PermissionError):  # port 53 is for root
+            with suppress(OSError):  # port 53 is for root, and may be another server's
                 dns = stack.enter_context(closing(Resolver(ip, b"", udp=True, port=53)))
         services = [
             stack.enter_context(closing(service))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm
+from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm, wait
 
 from fcvm import config, setup
 from fcvm.storage.layout import Layout
@@ -190,8 +190,12 @@ def test_detached_then_logs_exec_stop(vm_name: str) -> None:
     script = "echo one; echo two >&2; sleep 600"
     assert ok("podman", "run", "-d", "--name", vm_name, DEMO, "--", "sh", "-c", script) == vm_name.encode() + b"\n"
     assert ok("exec", vm_name, "--", "echo", "inside") == b"inside\n"
-    logs = fcvm("logs", vm_name)
-    assert (logs.stdout, logs.stderr) == (b"one\n", b"two\n")
+
+    def logs() -> tuple[bytes, bytes]:
+        done = fcvm("logs", vm_name)
+        return done.stdout, done.stderr
+
+    wait(lambda: logs() == (b"one\n", b"two\n"))  # they come on another way than what an exec prints
     assert ok("stop", "-t", "0", vm_name) == vm_name.encode() + b"\n"
     assert vm(vm_name) is None
 

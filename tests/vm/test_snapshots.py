@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vm.conftest import DEMO, ROOT, TIMEOUT, environment, fcvm, line, ls, ok, running, vm, wait, where_vms_are
@@ -63,10 +64,14 @@ def server(baseline: str) -> Iterator[str]:
     assert json.loads(ok("snapshot", "ls", "--json")) == []
 
 
+def listed(pid: str) -> dict[str, Any]:
+    """What ``snapshot ls`` says of a server."""
+    return next(s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
+
+
 def clones(pid: str) -> list[str]:
     """The clones of a server."""
-    found = next(s for s in json.loads(ok("snapshot", "ls", "--json")) if str(s["pid"]) == pid)
-    return sorted(clone["name"] for clone in found["clones"])
+    return sorted(clone["name"] for clone in listed(pid)["clones"])
 
 
 def test_a_clone_of_a_clone_goes_on_as_itself(baseline: str, vm_name: str) -> None:
@@ -91,6 +96,7 @@ def test_a_clone_of_a_clone_goes_on_as_itself(baseline: str, vm_name: str) -> No
         fcvm("snapshots", "rm", *tags)
 
 
+@pytest.mark.timeout(6 * TIMEOUT)
 def test_verify_and_carry_elsewhere(baseline: str, tmp_path: Path) -> None:
     done = fcvm("snapshot", "verify", baseline, timeout=2 * TIMEOUT)
     checks = done.stdout.decode().splitlines()
@@ -126,7 +132,7 @@ def test_a_killed_client_takes_its_clone_with_it(server: str, vm_name: str) -> N
         process.kill()
         process.wait()
         wait(lambda: vm(vm_name) is None)
-    assert clones(server) == []
+    wait(lambda: clones(server) == [])
 
 
 def held(server: str) -> list[bytes]:
@@ -138,8 +144,15 @@ def held(server: str) -> list[bytes]:
 
 def test_clones_that_come_and_go_leave_nothing(server: str, vm_name: str) -> None:
     ok("snapshot", "run", "--pid", server, "--name", vm_name, "--exec", "true")
+
+    def settled() -> bool:
+        """What was asked for lately counts no more."""
+        found = listed(server)
+        return bool(found["ready"] == found["target"] == 1)
+
+    wait(settled)
     before: list[bytes] = []
-    while before != (now := held(server)):  # the pool fills up again
+    while before != (now := held(server)):  # the last one's end
         before = now
     for _ in range(20):
         ok("snapshot", "run", "--pid", server, "--name", vm_name, "--exec", "true")
@@ -252,18 +265,21 @@ def example(script: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(5 * TIMEOUT)
 def test_example_clone_speed(baseline: str) -> None:
     out = example("clone-speed", "--snapshot", baseline, "--rounds", "2")
     assert "from the pool: 2 clones" in out
     assert "without a server: 2 clones" in out
 
 
+@pytest.mark.timeout(5 * TIMEOUT)
 def test_example_memory_sharing(baseline: str) -> None:
     rows = [row.split() for row in example("memory-sharing", "--snapshot", baseline, "--count", "4").splitlines()[1:]]
     assert [row[0] for row in rows] == ["1", "4"]
     assert float(rows[1][1]) < 4 * float(rows[0][1])  # four share what one has alone
 
 
+@pytest.mark.timeout(5 * TIMEOUT)
 def test_example_scale_out() -> None:
     """Twenty VMs whose guests serve on the same port, each on a port of its own on the host."""
     out = example("scale-out", "--count", "20", "--port", "18101")
