@@ -111,9 +111,18 @@ def test_clones_have_disks_and_memory_of_their_own(kit: Kit, vms: Path) -> None:
             assert guest.wrong(FIRST, PAGES, seed=1) == 0
 
 
-def test_many_at_once_even_more_than_are_ready(kit: Kit, vms: Path) -> None:
+def test_many_at_once_even_more_than_are_ready(kit: Kit, vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Pool(kit, vms, minimum=2, maximum=4) as pool, contextlib.ExitStack() as stack:
         pool.fill()
+        make, asked = pool._make, threading.Event()
+
+        def make_when_all_have_asked(count: int) -> None:
+            if not asked.is_set():
+                wait_for(pool, lambda: pool._waiting == 18)
+                asked.set()
+            make(count)
+
+        monkeypatch.setattr(pool, "_make", make_when_all_have_asked)
         clones = take(pool, 20)
         for clone in clones:
             stack.enter_context(clone)
@@ -127,12 +136,14 @@ def test_many_at_once_even_more_than_are_ready(kit: Kit, vms: Path) -> None:
 
 
 def test_pool_adapts_to_what_is_asked_of_it(kit: Kit, vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "MEMORY", 1.0)
+    monkeypatch.setattr(pools, "MEMORY", 600.0)
     with Pool(kit, vms, minimum=1, maximum=3) as pool:
         pool.fill()
         for clone in take(pool, 5):
             clone.close()
         wait_for(pool, lambda: pool.status().target == 3 and pool.status().ready == 3)
+        monkeypatch.setattr(pools, "MEMORY", 0.1)
+        pool._refill()  # so that it waits for no more than that
         wait_for(pool, lambda: pool.status().target == 1 and pool.status().ready == 1)
         wait_for(pool, lambda: len(list(pool.directory.iterdir())) == len(baremetal.children()) == 1)
 
