@@ -21,7 +21,7 @@ from fuse_pipe.server import Server
 
 SOURCE = Path(__file__).parent.parent / "src"
 CONTROL = Path("/sys/fs/fuse/connections")
-PATIENCE = int(os.environ.get("FUSE_TEST_PATIENCE", "900"))  # seconds that a mount lives at most
+PATIENCE = int(os.environ.get("FUSE_TEST_PATIENCE", "900"))  # seconds that a mount lives at most, for each test that uses it
 
 
 def spawn(*arguments: str | os.PathLike[str], code: str | None = None) -> "subprocess.Popen[bytes]":
@@ -142,10 +142,19 @@ class Mount:
         wait_for(lambda: is_mounted(self.path) or self.relay.poll() is not None, "the mount")
         assert is_mounted(self.path), f"the relay ended with {self.relay.poll()}"
         self.device = self.mounted_device()
-        # A request that is never answered cannot be interrupted: end it, so that the test fails rather than hangs.
-        self.watchdog = threading.Timer(self.patience, abort, (self.device,))
-        self.watchdog.daemon = True
-        self.watchdog.start()
+        self.watchdog = self._watched()
+
+    def _watched(self) -> threading.Timer:
+        """A request that is never answered cannot be interrupted: end it, so that the test fails rather than hangs."""
+        watchdog = threading.Timer(self.patience, abort, (self.device,))
+        watchdog.daemon = True
+        watchdog.start()
+        return watchdog
+
+    def live_on(self) -> None:
+        """For a test that shares the mount with others: it has all of its time again."""
+        self.watchdog.cancel()
+        self.watchdog = self._watched()
 
     def mounted_device(self) -> int:
         """The device number of the mount, without asking the server."""

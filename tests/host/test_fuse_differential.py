@@ -23,6 +23,7 @@ def shared() -> Iterator[Mount]:
 
 
 def compare(mounted: Mount, operations: list[Operation]) -> None:
+    mounted.live_on()
     plain, guest = Tree(mounted.base / "plain" / "tree"), Tree(mounted.path / "tree")
     try:
         assert difference(guest, plain, operations) == ""

@@ -20,6 +20,7 @@ def shared() -> Iterator[Mount]:
 
 @pytest.fixture
 def here(shared: Mount, request: pytest.FixtureRequest) -> Path:
+    shared.live_on()
     path = shared.path / f"t{abs(hash(request.node.nodeid))}"
     path.mkdir()
     return path

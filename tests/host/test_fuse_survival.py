@@ -200,7 +200,12 @@ class Proxy:
             except OSError:
                 return
             far = socket.socket(socket.AF_UNIX)
-            far.connect(str(self.server))
+            try:
+                far.connect(str(self.server))
+            except OSError:  # it has ended
+                near.close()
+                far.close()
+                continue
             self.breaks += 1
             budget = 3000 + self.breaks * 200_011 % 4_000_000
             in_thread(lambda near=near, far=far, budget=budget: self.carry(near, far, budget))
