@@ -355,9 +355,11 @@ def test_an_abandoned_session_is_hung_up_then_killed(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", grace=0.1)
     try:
         connection = place.connect()
-        script = f"trap 'echo hup > {tmp_path}/hup' HUP; while :; do sleep 0.05; done"
+        script = f"trap 'echo hup > {tmp_path}/hup' HUP; echo begun; while :; do sleep 0.05; done"
         session.wire.send_line(connection, {"open": vars(shell(script))})
-        answer, _ = session.wire.read_line(connection)
+        answer, rest = session.wire.read_line(connection)
+        while b"begun" not in rest:
+            rest += connection.recv(1000)
         connection.close()
         assert select.select([place.launched[0].ended], [], [], 60)[0]
         assert (tmp_path / "hup").read_text() == "hup\n"

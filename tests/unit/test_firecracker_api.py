@@ -52,6 +52,8 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_ones(vmm: Vmm, 
         with pytest.raises(FirecrackerError, match=r"did not answer GET /slow within 0\.1 seconds"):
             api.get("/slow")
         vmm.go.set()
+        api.timeout = 60
+        api.socket.settimeout(api.timeout)
         assert [api.get(path) for path in ("/a", "/b")] == [{"path": "/a"}, {"path": "/b"}]
 
 

@@ -233,12 +233,12 @@ def test_connections_are_bounded_where_asked(loop: Loop, sockets: Callable[..., 
     upstream, listener = sockets(), sockets()
     relay.tcp(loop, listener, lambda: [relay.target(*upstream.getsockname())], most=2)
 
-    def refused() -> bool:
+    def refused(wait: float) -> bool:
         # possibly before connect() has returned
         with suppress(TimeoutError), ExitStack() as undo:
             try:
                 client = undo.enter_context(socket.create_connection(listener.getsockname(), TIMEOUT))
-                client.settimeout(0.3)
+                client.settimeout(wait)
                 client.recv(1)
             except ConnectionResetError:
                 return True
@@ -247,10 +247,10 @@ def test_connections_are_bounded_where_asked(loop: Loop, sockets: Callable[..., 
     with ExitStack() as undo:
         clients = [undo.enter_context(socket.create_connection(listener.getsockname(), TIMEOUT)) for _ in range(2)]
         servers = [undo.enter_context(upstream.accept()[0]) for _ in range(2)]
-        assert refused()
+        assert refused(TIMEOUT)
         clients[0].close()
         servers[0].close()
-        while refused():  # its place is free soon
+        while refused(0.3):  # its place is free soon
             pass
 
 
