@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from network_world import HOST_IP, LAN_IP, LAN_IP6, FakeGuest, World, needs_root, question
+from network_world import HOST_IP, LAN_IP, LAN_IP6, TIMEOUT, FakeGuest, World, needs_root, question
 
 from fcvm.errors import ConflictError, NetworkError
 from fcvm.network import attach, refusals, spec
@@ -276,7 +276,7 @@ def test_vms_reach_each_other_by_published_ports_only(world: World, start: Start
     where = network.describe()["host_ip"]
     if where is not None:
         for port in (80, 82):
-            assert world.host.reachable(where, port)
+            assert world.host.reachable(where, port, wait=TIMEOUT)
             assert not other.reachable(where, port, wait=0.3), port
 
 
@@ -290,7 +290,7 @@ def test_a_rootless_vm_does_not_reach_bridged_ones(world: World, start: Start) -
         other, where = world.guest(network), network.describe()["host_ip"]
         for port in (81, 82):
             world.server(other, str(port), "0.0.0.0", port)
-            assert world.host.reachable(where, port)
+            assert world.host.reachable(where, port, wait=TIMEOUT)
         assert guest.ask(HOST_IP, port_of(network)).startswith(b"81 ")
         assert not guest.reachable(where, 82, wait=0.5)
 

@@ -32,9 +32,18 @@ def base() -> Iterator[Path]:
         yield base
     finally:
         while os.path.ismount(base):
-            subprocess.run(["umount", base], check=True)
+            unmount(base)
         subprocess.run(["umount", plain], check=True)
         plain.rmdir()
+
+
+def unmount(path: Path) -> None:
+    """A btrfs may be busy for a moment with what was just written."""
+    for _ in range(100):
+        if subprocess.run(["umount", path], check=False).returncode == 0:
+            return
+        threading.Event().wait(0.1)
+    subprocess.run(["umount", path], check=True)
 
 
 def loops(image: Path) -> int:
