@@ -12,6 +12,7 @@ from fc_agent import linux, network, podman
 from fc_agent.attach import Attached
 from fc_agent.failures import explain
 from fc_agent.podman import PodmanError, Service, escape
+from fc_agent.process import set_size
 from fc_agent.protocol import ContainerPlan, VolumePlan
 
 EXITS = "/run/libpod/persist"  # conmon leaves ``<id>/exit`` and ``<id>/oom`` here (its --persist-dir)
@@ -56,9 +57,16 @@ class Container:
         self._events = linux.inotify(f"{EXITS}/{self.id}", linux.IN_CREATE | linux.IN_MOVED_TO)
         self.attached = Attached(self.directory, self.pid, tty=plan.tty, stdin=plan.stdin)
         if plan.tty:
-            self.attached.resize(plan.rows, plan.columns)
+            self._set_first_size(plan.rows, plan.columns)
         self._kill_timer: threading.Timer | None = None
         self._oom_kills = oom_kills()
+
+    def _set_first_size(self, rows: int, columns: int) -> None:
+        """Give its terminal a size before it runs: conmon, which sets later ones, may get round to that only when it does."""
+        with contextlib.suppress(OSError):  # it has ended
+            terminal = os.open(f"/proc/{self.pid}/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            set_size(terminal, rows, columns)
+            os.close(terminal)
 
     def start(self) -> None:
         """Let it run.
