@@ -17,9 +17,10 @@ SMALL = 32 * 1024  # files up to this size are sent with the answer to their ope
 def of_directory(volume: Volume, worker: Worker, message: memoryview, reply: bytes) -> list[Ahead]:
     """The attributes of the directory that a request was about."""
     node = volume.table.by_id.get(worker.nodeid)
-    if node is None or node.fd is None:
+    fd = node.fd if node is not None else None
+    if node is None or fd is None:
         return []
-    return [(ATTRIBUTES, node.id, attributes_out(volume, node, os.fstat(node.fd.n)))]
+    return [(ATTRIBUTES, node.id, attributes_out(volume, node, os.fstat(fd.n)))]
 
 
 def of_directories(volume: Volume, worker: Worker, message: memoryview, reply: bytes) -> list[Ahead]:

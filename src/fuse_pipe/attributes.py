@@ -115,7 +115,8 @@ def statx(volume: Volume, worker: Worker, flags: int, _: int, number: int, _flag
 
 
 def statfs(volume: Volume, worker: Worker) -> bytes:
-    info = os.fstatvfs(volume.table.fd(volume.table.get(worker.nodeid)).n)
+    fd = volume.table.fd(volume.table.get(worker.nodeid))
+    info = os.fstatvfs(fd.n)
     return m.STATFS_OUT.pack(
         info.f_blocks,
         info.f_bfree,

@@ -25,7 +25,7 @@ def opendir(volume: Volume, worker: Worker, flags: int, _: int) -> bytes:
     number = volume.add_handle(node, fd, flags)
     node.fd = path
     cache = 0
-    if node.watch is not None and node.watch >= 0:  # changes are pushed: the kernel may keep the whole listing
+    if node.watched:  # changes are pushed: the kernel may keep the whole listing
         cache = m.FOPEN_CACHE_DIR | (m.FOPEN_KEEP_CACHE if volume.fresh(node, os.fstat(fd.n)) else 0)
     return m.OPEN_OUT.pack(number, cache, 0)
 

@@ -24,7 +24,7 @@ def lookup(volume: Volume, worker: Worker, name: bytes) -> bytes:
     try:
         info = os.stat(name, dir_fd=directory.n, follow_symlinks=False)
     except FileNotFoundError:
-        if parent.watch is None or parent.watch < 0 or table.negatives >= NEGATIVES:
+        if not parent.watched or table.negatives >= NEGATIVES:
             raise
         table.missing(parent, name)
         return _NOT_THERE
@@ -73,7 +73,8 @@ def readlink(volume: Volume, worker: Worker) -> bytes:
     node = volume.table.get(worker.nodeid)
     if node.kind != stat.S_IFLNK:
         raise OSError(errno.EINVAL, "not a symbolic link")
-    return os.readlink(b"", dir_fd=volume.table.fd(node).n)
+    fd = volume.table.fd(node)
+    return os.readlink(b"", dir_fd=fd.n)
 
 
 def link(volume: Volume, worker: Worker, old: int, name: bytes) -> bytes:

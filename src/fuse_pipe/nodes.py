@@ -48,7 +48,7 @@ class Fd:
 
 
 class Node:
-    """One inode that the kernel knows.
+    """One inode that the kernel knows. Other threads take away ``fd``, ``parent`` and ``watch``: they are read once and kept.
 
     ``lookups`` counts the references that the kernel holds; ``opens`` our open handles (they pin ``fd``); ``children``
     what the kernel believes about names in this directory (None: there is no such file); ``watch`` the inotify watch
@@ -90,6 +90,12 @@ class Node:
         self.told: tuple[int, ...] | None = None
         self.data: tuple[int, int] | None = None
         self.data_at = 0
+
+    @property
+    def watched(self) -> bool:
+        """Whether changes below this directory (or of this file) are noticed."""
+        watch = self.watch
+        return watch is not None and watch >= 0
 
 
 def state_of(info: os.stat_result) -> tuple[int, ...]:
@@ -273,21 +279,25 @@ class NodeTable:
 
     def stat(self, node: Node) -> os.stat_result:
         """Attributes of the node."""
-        if node.fd is None and node.parent is not None and node.parent.fd is not None:
+        fd, parent = node.fd, node.parent
+        directory = parent.fd if fd is None and parent is not None else None
+        if directory is not None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                info = os.stat(node.name, dir_fd=node.parent.fd.n, follow_symlinks=False)
+                info = os.stat(node.name, dir_fd=directory.n, follow_symlinks=False)
                 if same(node, info):
                     return info
-        return os.fstat(self.fd(node).n)
+        fd = fd or self.fd(node)
+        return os.fstat(fd.n)
 
     def _open(self, node: Node) -> Fd:
         way = [node]
-        while way[-1].fd is None:
+        while (fd := way[-1].fd) is None:
             parent = way[-1].parent
             if parent is None or parent in way:  # in circles: what was told of them is not true any more
                 break
             way.append(parent)
-        fd = way.pop().fd if way[-1].fd is not None else None
+        if fd is not None:
+            way.pop()
         try:
             for step in reversed(way):
                 fd = step.fd or self._open_in(step, fd)
@@ -335,9 +345,9 @@ class NodeTable:
                 if node.opens or node.parent is None:
                     self._held[node] = None  # pinned: at the end, to be looked at again later
                     continue
-                if node.handle is None and node.fd is not None and self._handles and node.dev == self.root.dev:
+                if node.handle is None and (fd := node.fd) is not None and self._handles and node.dev == self.root.dev:
                     with contextlib.suppress(OSError):
-                        node.handle = linux.file_handle(node.fd.n)
+                        node.handle = linux.file_handle(fd.n)
                 node.fd = None
                 wanted -= 1
                 if wanted == 0:

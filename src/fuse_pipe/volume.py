@@ -214,16 +214,16 @@ class Volume:
     def file_time(self, node: Node, info: os.stat_result) -> int:
         """How long attributes may be believed."""
         if node.kind == stat.S_IFDIR:
-            return NAME_TIME if node.watch is not None and node.watch >= 0 else UNWATCHED_TIME
-        if node.watch is not None and node.watch >= 0:  # the served file itself, by whatever name it is changed
+            return NAME_TIME if node.watched else UNWATCHED_TIME
+        if node.watched:  # the served file itself, by whatever name it is changed
             return FILE_TIME
-        watched = node.parent is not None and node.parent.watch is not None and node.parent.watch >= 0
-        return FILE_TIME if watched and (info.st_nlink == 1) else UNWATCHED_TIME
+        parent = node.parent
+        return FILE_TIME if parent is not None and parent.watched and info.st_nlink == 1 else UNWATCHED_TIME
 
     def entry(self, parent: Node, name: bytes, info: os.stat_result) -> bytes:
         """The reply to a lookup that found something; it counts as a reference of the kernel's."""
         node = self.table.learn(parent, name, info)
-        time = NAME_TIME if parent.watch is not None and parent.watch >= 0 else UNWATCHED_TIME
+        time = NAME_TIME if parent.watched else UNWATCHED_TIME
         node.told = state_of(info)
         return m.ENTRY_OUT.pack(node.id, 0, time, self.file_time(node, info), 0, 0, *self.attributes(info))
 

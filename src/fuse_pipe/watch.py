@@ -98,8 +98,9 @@ class Watcher:
     def expect(self, names: tuple[tuple[Node, bytes], ...], count: int = 1) -> None:
         """The kernel's own request is about to raise an event for each of these names (or, with -1, did not)."""
         for directory, name in names:
-            if directory.watch is not None and directory.watch >= 0:
-                self._count((directory.watch, name), count)
+            watch = directory.watch
+            if watch is not None and watch >= 0:
+                self._count((watch, name), count)
 
     def _count(self, key: tuple[int, bytes], count: int) -> bool:
         """Expect so many events more; whether any were expected before."""
@@ -180,7 +181,8 @@ class Watcher:
         missing = object()
         believed = directory.children.get(name, missing)
         try:
-            info = os.stat(name, dir_fd=volume.table.fd(directory).n, follow_symlinks=False)
+            fd = volume.table.fd(directory)
+            info = os.stat(name, dir_fd=fd.n, follow_symlinks=False)
         except OSError:
             info = None
         if isinstance(believed, Node):
@@ -198,7 +200,8 @@ class Watcher:
 
     def _links(self, node: Node) -> int:
         try:
-            return os.fstat(node.fd.n).st_nlink if node.fd is not None else 1
+            fd = node.fd
+            return os.fstat(fd.n).st_nlink if fd is not None else 1
         except OSError:
             return 1
 

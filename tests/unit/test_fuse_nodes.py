@@ -3,13 +3,19 @@
 import os
 import select
 import stat
+import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fuse_support import error_of
 
-from fuse_pipe import linux, nodes
+from fuse_pipe import ahead, linux, nodes
+from fuse_pipe.volume import FILE_TIME, NAME_TIME, Volume
+from fuse_pipe.watch import Watcher
 
 
 def opened(path: Path | str) -> int:
@@ -98,3 +104,73 @@ def test_a_device_number_is_looked_up_again_when_something_was_mounted(monkeypat
     assert table.of_kernel(below)
     is_now("nfs4")
     assert table.raises_events(table.root)  # which keeps its number
+
+
+class Vanishing(nodes.Node):
+    """Another thread takes away what was just read: it removes the name, or has too many descriptors."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in ("fd", "parent", "watch"):
+            setattr(self, name, None)
+        return value
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    """A volume of a directory ``d`` with a file ``f``."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "f").write_text("content")
+    made = Volume(str(tmp_path), watch=False)
+    yield made
+    made.close()
+
+
+def vanishing(volume: Volume, path: str, parent: nodes.Node | None = None, opened: bool = False) -> Vanishing:
+    info = os.stat(os.path.join(volume.path, path))
+    node = Vanishing(100, stat.S_IFMT(info.st_mode), info.st_dev, info.st_ino)
+    node.name = os.path.basename(path).encode()
+    node.parent, node.watch = parent, 7
+    if opened:
+        node.fd = nodes.Fd(os.open(os.path.join(volume.path, path), os.O_PATH))
+    return node
+
+
+def test_a_node_is_found_whatever_goes_away_meanwhile(volume: Volume) -> None:
+    table = volume.table
+    expected = os.stat(os.path.join(volume.path, "d/f")).st_ino
+    assert table.stat(vanishing(volume, "d/f", opened=True)).st_ino == expected
+    assert table.stat(vanishing(volume, "d/f", vanishing(volume, "d", opened=True))).st_ino == expected
+    assert os.fstat(table.fd(vanishing(volume, "d/f", vanishing(volume, "d", opened=True))).n).st_ino == expected
+    assert os.fstat(table.fd(vanishing(volume, "d/f", vanishing(volume, "d", table.root))).n).st_ino == expected
+    table._held, table._handles = {vanishing(volume, "d/f", table.root, opened=True): None}, True
+    table._evict()
+    assert not table._held
+
+
+def test_what_the_kernel_is_told_of_a_node_whatever_goes_away_meanwhile(volume: Volume) -> None:
+    file, directory = (os.stat(os.path.join(volume.path, path)) for path in ("d/f", "d"))
+    assert volume.file_time(vanishing(volume, "d"), directory) == NAME_TIME
+    assert volume.file_time(vanishing(volume, "d/f"), file) == FILE_TIME
+    child = vanishing(volume, "d/f", vanishing(volume, "d"))
+    child.watch = None
+    assert volume.file_time(child, file) == FILE_TIME
+    (valid,) = struct.unpack_from("Q", volume.entry(vanishing(volume, "d"), b"f", file), 16)
+    assert valid == NAME_TIME
+    node = vanishing(volume, "d", opened=True)
+    volume.table.by_id[node.id] = node
+    worker: Any = SimpleNamespace(nodeid=node.id)
+    assert [nodeid for _, nodeid, _ in ahead.of_directory(volume, worker, memoryview(b""), b"")] == [node.id]
+
+
+def test_the_watcher_looks_at_a_node_whatever_goes_away_meanwhile(volume: Volume) -> None:
+    watcher = Watcher(volume)
+    file = vanishing(volume, "d/f", opened=True)
+    assert watcher._links(file) == 1
+    directory = vanishing(volume, "d", opened=True)
+    directory.children[b"f"] = file
+    assert not watcher.check_name(directory, b"f")
+    watcher.expect(((vanishing(volume, "d"), b"f"),))
+    assert watcher._expected == {(7, b"f"): 1}
+    for fd in (watcher.fd, watcher._stop_read, watcher._stop_write):
+        os.close(fd)
