@@ -228,7 +228,15 @@ def test_images_of_another_data_directory_are_lent(tmp_path: Path, monkeypatch: 
     image = resolve.ensure("localhost/lent", layout=ours, further=theirs)
     assert image.path == theirs.images / f"{key}.img"
     assert resolve.ensure("22222222", layout=ours, further=theirs).path == image.path
-    for further in (None, Layout(tmp_path / "none")):
+
+
+def test_another_data_directory_that_has_no_images_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resolve.podman, "find", lambda name: None)
+    none = tmp_path / "none"
+    for further, said in ((None, 0), (Layout(none), 1)):
         with pytest.raises(ImageError, match="no image"):
-            resolve.ensure("localhost/lent", pull="never", layout=ours, further=further)
-    assert not (tmp_path / "none").exists()
+            resolve.ensure("localhost/lent", pull="never", layout=Layout(tmp_path / "ours"), further=further)
+        assert capsys.readouterr().err.count(f"{none}, which the setting further_images names, has no images") == said
+    assert not none.exists()

@@ -110,6 +110,7 @@ def _local(candidates: list[Reference], layout: Layout, progress: Progress | Non
 def _lent(text: str, candidates: list[Reference], further: Layout) -> Image | None:
     """The first of ``candidates`` that another data directory has; it is copied when a VM uses it (adopt.py)."""
     if not (further.base / "images").is_dir():
+        log.warning(f"{further.base}, which the setting further_images names, has no images")
         return None
     known = store.names(further)
     for name in map(str, candidates):
