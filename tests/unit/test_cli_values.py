@@ -29,6 +29,9 @@ from fcvm.errors import NotFoundError, UsageError
         (["A=1", "A=2"], {"A": "2"}),
         (["URL=http://h/?a=1&b=2,3"], {"URL": "http://h/?a=1&b=2,3"}),
         (["A=line\nline"], {"A": "line\nline"}),
+        (["1A=2", "a/b=1,D=2"], {"1A": "2", "a/b": "1", "D": "2"}),  # as Podman: a name is what stands before the first '='
+        (["A=1,2B=3"], {"A": "1,2B=3"}),  # a comma separates before the usual names only
+        (['1A="x,B=y",C=z'], {"1A": "x,B=y", "C": "z"}),
     ],
 )
 def test_pairs(texts: list[str], expected: dict[str, str]) -> None:
@@ -39,7 +42,7 @@ def test_a_bare_name_takes_its_value_from_the_environment() -> None:
     assert values.pairs(["HOME", "UNSET"], "--env", environ={"HOME": "/h"}) == {"HOME": "/h"}
 
 
-@pytest.mark.parametrize("text", ["=1", "1A=2", "A B=1", "", "A=1,,B=2x,=3", "noequals"])
+@pytest.mark.parametrize("text", ["=1", "A B=1", "A,B", "", "A=1,,B=2x,=3", "noequals"])
 def test_malformed_pairs_name_the_option(text: str) -> None:
     if text == "A=1,,B=2x,=3":  # a comma that no NAME= follows belongs to the value
         assert values.pairs([text], "--env") == {"A": "1,", "B": "2x,=3"}
@@ -59,8 +62,8 @@ def test_env_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_US", "here")
     monkeypatch.delenv("NOT_SET", raising=False)
     path = tmp_path / "env"
-    path.write_text("# comment\n\nA=1\nB=with spaces, and commas\n  C=x=y\nFROM_US\nNOT_SET\n")
-    assert values.env_file(str(path)) == {"A": "1", "B": "with spaces, and commas", "C": "x=y", "FROM_US": "here"}
+    path.write_text("# comment\n\nA=1\n2.a/b=2\nB=with spaces, and commas\n  C=x=y\nFROM_US\nNOT_SET\n")
+    assert values.env_file(str(path)) == {"A": "1", "2.a/b": "2", "B": "with spaces, and commas", "C": "x=y", "FROM_US": "here"}
 
 
 def test_only_a_newline_ends_a_line_of_an_env_file(tmp_path) -> None:
@@ -79,9 +82,10 @@ def test_an_env_file_in_another_encoding_says_so(tmp_path) -> None:
 
 def test_env_file_errors_name_the_line(tmp_path) -> None:
     path = tmp_path / "env"
-    path.write_text("A=1\n=2\n")
-    with pytest.raises(UsageError, match="Line 2"):
-        values.env_file(str(path))
+    for line in ("=2", "export B=2"):
+        path.write_text(f"A=1\n{line}\n")
+        with pytest.raises(UsageError, match="Line 2"):
+            values.env_file(str(path))
     with pytest.raises(NotFoundError, match="missing"):
         values.env_file(str(tmp_path / "missing"))
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from fcvm import config
 from fcvm.errors import NotFoundError, UsageError
 
-_KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
-# In a list a new item begins where a comma is followed by a name and '='; not inside double quotes that are an item's whole value.
-_NEXT = rf",(?={_KEY}=)"
+_KEY = r"[^\s=,]+"  # for Podman a space or a comma may be in it too, but they are mistakes: `export A=1` in a file, `--env A,B`
+# In a list a new item begins where a comma is followed by a usual name and "="; not inside double quotes that are the value.
+_NEXT = ",(?=[A-Za-z_][A-Za-z0-9_.-]*=)"
 _ITEM = re.compile(rf'(?:\A|{_NEXT})({_KEY}="[^"]*"(?={_NEXT}|\Z)|.*?(?={_NEXT}|\Z))', re.DOTALL)
 
 
