@@ -48,9 +48,9 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 
 def _as_stream(path: str, fd: int) -> str:
-    """Make a pipe or device our stdin or stdout, and return ``-``: in the machine it would be another one. Else the path of the file.
+    """Make a pipe or device our stdin or stdout, and return ``-``: in the machine it would be another one. Else its path.
 
-    That is the file itself, as an export would take the place of a link to it. What is our stdin or stdout already is used as
+    That is the path of the file itself, as an export would replace a link to it. What is our stdin or stdout already is used as
     it is: /dev/stdout may be a file.
     """
     real = os.path.realpath(path)
