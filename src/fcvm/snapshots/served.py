@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -38,11 +38,16 @@ class Pooled(Start):
         return self.tag
 
     def network(self, vm: Supervisor) -> AbstractContextManager[Network]:
-        """The network that the clone has, with the ports of this VM."""
-        network: Network = self.clone.network
-        if vm.spec.publish:
-            network.publish(networks.ports(vm))
-        return contextlib.nullcontext(network)
+        """The network that the clone has, with the ports of this VM. The clone ends with it, before the VM is said to have."""
+        return self._network(vm)
+
+    @contextlib.contextmanager
+    def _network(self, vm: Supervisor) -> Iterator[Network]:
+        with self.clone:
+            network: Network = self.clone.network
+            if vm.spec.publish:
+                network.publish(networks.ports(vm))
+            yield network
 
     def disks(self, vm: Supervisor) -> None:
         """They are there; the directory becomes the VM's."""
@@ -53,7 +58,8 @@ class Pooled(Start):
         return self.clone.kit.snapshot.path / store.VOLUMES
 
     def firecracker(self, vm: Supervisor) -> AbstractContextManager[Firecracker]:
-        return contextlib.nullcontext(self.clone.firecracker)
+        """That of the clone."""
+        return self.clone.firecracker
 
     def go(self, vm: Supervisor) -> None:
         self.clone.resume()
