@@ -154,3 +154,22 @@ def test_a_stop_returns_when_firecracker_and_the_network_are_gone(serve: Callabl
         answered.set()
     assert closed
     assert seen == [True], "its directory goes after them"
+
+
+@pytest.mark.parametrize("refused", ["streams", "requests"])
+def test_a_clone_for_which_there_are_no_threads_leaves_nothing(
+    serve: Callable[..., Served], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = len(os.listdir("/proc/self/fd"))
+    with serve() as served:
+        assert "can't start new thread" in served.told()["error"]
+    assert not [thread.name for thread in threading.enumerate() if thread.name in ("streams", "requests")]
+    assert len(os.listdir("/proc/self/fd")) <= before

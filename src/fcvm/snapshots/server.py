@@ -214,6 +214,7 @@ class CloneServer:
             threading.Thread(target=self._greet, args=(connection,), name="client").start()
         except RuntimeError as error:  # no threads left
             log.error(f"a client could not be served: {error}")
+            servers.send(connection, {"error": f"The clone server cannot serve another client: {error}."})
             connection.close()
 
     def _greet(self, connection: socket.socket) -> None:
@@ -297,16 +298,18 @@ class CloneServer:
 
             streams = threading.Thread(target=carry, name="streams")
             listener = threading.Thread(target=client.listen, name="requests")
-            streams.start()
-            listener.start()
             try:
+                streams.start()
+                listener.start()
                 if self.stopping:
                     supervisor.ask({"op": "kill"})
                 code = supervisor.run()
             finally:
+                supervisor.close()  # it has not begun if there were no threads
                 client.dismiss()
-                streams.join()
-                listener.join()
+                for thread in (streams, listener):
+                    if thread.ident is not None:
+                        thread.join()
             return 141 if unread.is_set() else code
 
     @contextlib.contextmanager

@@ -179,9 +179,15 @@ class Supervisor:
             return self._result(self.exit)
         finally:
             requests.answer_waiting(self, {"ok": True})
-            self._selector.close()
-            with self._waking:
-                asked, self._asked = self._asked, -1  # first: a signal handler may come in between
+            self.close()
+
+    def close(self) -> None:
+        """End what may not even have run, and ``carry_streams`` with it; ``run`` does so at its end. Safe to call again."""
+        self.attachable.set()
+        self._selector.close()
+        with self._waking:
+            asked, self._asked = self._asked, -1  # first: a signal handler may come in between
+            if asked >= 0:
                 os.close(asked)
 
     def _acquire(self, stack: contextlib.ExitStack) -> None:
