@@ -1,5 +1,6 @@
 """A clone's life in its server, from its client's request to its end. Firecracker, network and guest are made believe."""
 
+import contextlib
 import json
 import os
 import socket
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from fc_agent.protocol import PROTOCOL
 from fcvm import config as settings
 from fcvm.linux import sockets
 from fcvm.snapshots import server
 from fcvm.snapshots.served import Client
-from fcvm.vm import rpc, state
+from fcvm.vm import messages, rpc, state, supervisor
 from fcvm.vm.paths import VSOCK
 from fcvm.vm.spec import ImageUse, RunSpec
 
@@ -173,3 +175,48 @@ def test_a_clone_for_which_there_are_no_threads_leaves_nothing(
         assert "can't start new thread" in served.told()["error"]
     assert not [thread.name for thread in threading.enumerate() if thread.name in ("streams", "requests")]
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.fixture
+def guest(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """What the container prints, until it is stopped and exits with 7."""
+    printed: list[tuple[str, bytes]] = []
+
+    def act(connection: socket.socket) -> None:
+        def say(**message: object) -> None:
+            connection.sendall(json.dumps(message).encode() + b"\n")
+
+        lines = connection.makefile()
+        say(type="hello", protocol=PROTOCOL, state={"phase": "running"})
+        assert json.loads(lines.readline())["type"] == "restored"
+        say(type="ready")
+        while json.loads(lines.readline())["type"] != "stop":
+            pass
+        say(type="exit", code=7)
+        with contextlib.suppress(OSError):  # the supervisor waits for nothing else
+            say(type="hello", protocol=PROTOCOL, state={"frozen": True})
+            lines.readline()  # it has heard of the end, and thaws us
+        clone.firecracker.kill()
+
+    def stream(*_: object, on_output: Callable[[str, bytes], None], **__: object) -> None:
+        for stream, data in printed:
+            on_output(stream, data)
+
+    clone.guest = act
+    monkeypatch.setattr(messages.plan, "network", lambda _: None)
+    monkeypatch.setattr(supervisor.sessions, "stream", stream)
+    return printed
+
+
+def test_a_clone_that_is_stopped_while_its_reader_pauses_has_its_own_exit_code(
+    serve: Callable[..., Served], guest: list[tuple[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is we who give its output up then."""
+    monkeypatch.setattr(supervisor, "STREAMS_MARGIN", 0.1)
+    read, write = os.pipe()
+    guest.append(("stdout", bytes(1 << 20)))
+    with serve(write) as served:
+        assert "started" in served.told()
+        served.client.sendall(b'{"op": "stop"}\n')
+        assert served.told() == {"exit": 7}
+    os.close(read)

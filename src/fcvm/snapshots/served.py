@@ -109,7 +109,12 @@ class ClientSupervisor(Supervisor):
 
 
 class Client:
-    """One connection that asked for a clone."""
+    """One connection that asked for a clone.
+
+    Attributes:
+        detached: it has let go of its clone, which lives on without it.
+        dismissed: we have let go of it.
+    """
 
     def __init__(self, connection: socket.socket, request: dict[str, Any], fds: list[int], rest: bytes = b"") -> None:
         """``rest``: what came after the request."""
@@ -119,6 +124,7 @@ class Client:
         self.fds = fds
         self.descriptors = dict(zip(("stdout", "stderr"), fds, strict=False))
         self.pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.dismissed = False
         self.detached = False  # not before the client, who may want all of a fleet or none, lets go of it
         self.supervisor: ClientSupervisor | None = None
         if request.get("detach"):
@@ -142,6 +148,7 @@ class Client:
 
     def dismiss(self) -> None:
         """Neither hear the client any more nor wait until it takes output; it can still be told how its clone has ended."""
+        self.dismissed = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
 

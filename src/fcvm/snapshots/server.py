@@ -292,7 +292,7 @@ class CloneServer:
                 try:
                     supervisor.carry_streams()
                 except BrokenPipeError:  # the client does not read any more: as with `podman run`, that ends the VM
-                    if not self.stopping:  # and it is not us who have dismissed it
+                    if not client.dismissed:  # and it is not us who give its output up
                         unread.set()
                     supervisor.ask({"op": "kill"})
 
