@@ -220,3 +220,15 @@ def test_a_clone_that_is_stopped_while_its_reader_pauses_has_its_own_exit_code(
         served.client.sendall(b'{"op": "stop"}\n')
         assert served.told() == {"exit": 7}
     os.close(read)
+
+
+def test_a_clones_last_line_is_ended_behind_its_mark(serve: Callable[..., Served], guest: list[tuple[str, bytes]]) -> None:
+    """Else the client's prompt comes in that line."""
+    read, write = os.pipe()
+    guest.append(("stdout", b"foo"))
+    with serve(write, log_prefix=True) as served:
+        assert "started" in served.told()
+        served.client.sendall(b'{"op": "stop"}\n')
+        assert served.told() == {"exit": 7}
+    with open(read, "rb") as file:
+        assert file.read() == b"[ctr:out] foo\n"

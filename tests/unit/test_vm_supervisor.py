@@ -74,7 +74,7 @@ def test_a_vm_whose_streams_break_ends_and_says_why(tmp_path: Path, monkeypatch:
             pidfd=quiet[0].fileno(), console=SimpleNamespace(quote=lambda: " (console)")
         )
         vm.control, vm.requests, vm.network = quiet[1], quiet[2], SimpleNamespace(watch=[])  # type: ignore[assignment]
-        vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
+        vm.output = SimpleNamespace(write=None, closed=False, end_lines=lambda: None)  # type: ignore[assignment]
         vm.phase = "running"
         vm.attachable.set()
         vm.carry_streams()  # there is no vsock device
@@ -468,7 +468,7 @@ def test_output_of_a_warm_start_that_is_gone_breaks_the_streams_and_no_more(vm: 
     def refuse(*_: object, **__: object) -> None:
         raise NotFoundError("There is no snapshot.")
 
-    vm.output = SimpleNamespace(write=None, closed=False)  # type: ignore[assignment]
+    vm.output = SimpleNamespace(write=None, closed=False, end_lines=lambda: None)  # type: ignore[assignment]
     vm.attachable.set()
     monkeypatch.setattr(supervisor.sessions, "stream", refuse)
     vm.carry_streams()

@@ -84,11 +84,10 @@ class ClientOutput(Output):
                 self.closed = True
                 raise BrokenPipeError(*error.args) from error
 
-    def close(self) -> None:
+    def end_lines(self) -> None:
         for stream in self.marks.unfinished() if not self.closed else ():
             with contextlib.suppress(OSError):
                 write_while(self.descriptors[stream], b"\n", self.connection)
-        super().close()
 
 
 class ClientSupervisor(Supervisor):

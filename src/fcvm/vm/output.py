@@ -67,8 +67,10 @@ class Marks:
         return start + body.replace(b"\n", b"\n" + mark) + end
 
     def unfinished(self) -> list[str]:
-        """The streams that end within a line behind a mark."""
-        return [stream for stream, is_open in self.line_open.items() if is_open]
+        """The streams that are within a line behind a mark, which the caller ends."""
+        found = [stream for stream, is_open in self.line_open.items() if is_open]
+        self.line_open.update(dict.fromkeys(found, False))
+        return found
 
 
 class Output:
@@ -117,11 +119,15 @@ class Output:
         with self.lock:
             return self.chunks, list(read_log(self.log.path.parent))
 
-    def close(self) -> None:
-        """End lines left open behind a mark, and the log."""
+    def end_lines(self) -> None:
+        """End lines left open behind a mark; as ``write`` it blocks while our own reader is slow."""
         for stream in self.marks.unfinished() if self.show and not self.closed else ():
             with contextlib.suppress(OSError):  # our reader has gone
                 os.write(_NUMBER[stream], b"\n")
+
+    def close(self) -> None:
+        """End lines left open behind a mark, and the log."""
+        self.end_lines()
         self.log.close()
 
 

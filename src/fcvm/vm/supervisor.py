@@ -122,23 +122,28 @@ class Supervisor:
         self.attachable.wait()
         try:
             if self.phase == "running":
-                main = session.Resume("main", on_resumed=lambda seen: self.start.resumed(self, seen))
-                sessions.stream(
-                    self.directory,
-                    main,
-                    stdin=stdin,
-                    on_output=self.output.write,
-                    terminal=terminal,
-                    give_up=lambda error, since: isinstance(error, FileNotFoundError | ConnectionRefusedError),
-                )
+                self._stream(stdin, terminal)
+                self.output.end_lines()
+        finally:
+            self._streams_ended = True
+            self._wake()
+
+    def _stream(self, stdin: int | None, terminal: int | None) -> None:
+        main = session.Resume("main", on_resumed=lambda seen: self.start.resumed(self, seen))
+        try:
+            sessions.stream(
+                self.directory,
+                main,
+                stdin=stdin,
+                on_output=self.output.write,
+                terminal=terminal,
+                give_up=lambda error, since: isinstance(error, FileNotFoundError | ConnectionRefusedError),
+            )
         except (FcvmError, OSError) as error:
             if isinstance(error, BrokenPipeError) and self.output.closed:
                 raise
             self._streams_broke = error
             log.debug(f"{self.spec.name}: the container's streams broke: {error}")  # the loop knows why the VM ended
-        finally:
-            self._streams_ended = True
-            self._wake()
 
     def ask(self, request: dict[str, Any]) -> None:
         """Hand a request (``stop``, ``kill``) to the loop, from any thread or signal handler."""
