@@ -1,5 +1,6 @@
 """The small parts of fcvm.snapshots and of its commands."""
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcvm import config as settings
+from fcvm.cli import snapshot
 from fcvm.cli.snapshot import distributed, pool_size
 from fcvm.errors import ConflictError, FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
@@ -263,6 +265,20 @@ def test_a_server_that_does_not_answer_keeps_nobody(
         assert servers.pids(layout) == [pid], "so that it is not forgotten"
         with pytest.raises(ConflictError, match="does not answer"):
             servers.stop(layout, pid)
+
+
+def test_a_stop_of_several_servers_goes_on_where_one_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: Layout, pid: int) -> None:
+        if pid == 1:
+            raise NotFoundError("There is no clone server with pid 1.")
+
+    monkeypatch.setattr(servers, "pids", lambda _: [1, 2])
+    monkeypatch.setattr(servers, "stop", stop)
+    context = types.SimpleNamespace(layout=Layout(tmp_path))
+    assert snapshot.run(argparse.Namespace(action="stop", all=True), context) == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "2\n"
 
 
 def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

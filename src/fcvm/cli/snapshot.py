@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
-from fcvm.errors import ConflictError, FcvmError, UsageError
+from fcvm.errors import ConflictError, FcvmError, NotFoundError, UsageError
 from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
@@ -313,6 +313,8 @@ def _stop(args: argparse.Namespace, context: Context) -> int:
         try:
             servers.stop(context.layout, pid)
             print(pid)
+        except NotFoundError:  # it has ended meanwhile
+            pass
         except ConflictError as error:
             silent.append(error)
     if silent:
