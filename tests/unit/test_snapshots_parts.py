@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from fcvm.cli import snapshot
 from fcvm.cli.snapshot import distributed, pool_size
 from fcvm.errors import ConflictError, FcvmError, FirecrackerError, NotFoundError, SnapshotError, UsageError
 from fcvm.linux import holes, sockets
-from fcvm.snapshots import create, page_faults, pool, server, servers, store, working_set
+from fcvm.snapshots import create, page_faults, pool, recording, server, servers, store, working_set
 from fcvm.snapshots.memory import Faults, MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.snapshots.served import Client, ClientOutput
@@ -77,6 +78,19 @@ def test_working_set_file(tmp_path: Path) -> None:
         (tmp_path / "set").write_text(damage)
         with pytest.raises(SnapshotError, match="damaged"):
             working_set.load(tmp_path / "set")
+
+
+def test_a_working_set_that_finds_no_space_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "add", add)
+    memory = types.SimpleNamespace(states=lambda _: bytes(8), widen=lambda _: None)
+    recorder = recording.Recorder(types.SimpleNamespace(path=tmp_path), memory)  # type: ignore[arg-type]
+    recorder.watch(1)()
+    assert "There is no space left" in capsys.readouterr().err
 
 
 def sparse(path: Path, size: int, *data: int) -> Path:

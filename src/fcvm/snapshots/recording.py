@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from fcvm import log
-from fcvm.errors import SnapshotError
+from fcvm.errors import FcvmError
 from fcvm.snapshots import page_faults, working_set
 from fcvm.snapshots.memory import MemoryServer
 from fcvm.snapshots.store import Snapshot
@@ -54,5 +54,5 @@ class Recorder:
             pages = working_set.save(self.snapshot, used)
             self.memory.replay(working_set.path(self.snapshot))
             log.info(f"recorded a working set of {pages * 4 // 1024} MiB")
-        except SnapshotError as error:
+        except FcvmError as error:  # a full disk, say
             log.warning(error.message)

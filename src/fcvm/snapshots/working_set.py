@@ -24,7 +24,7 @@ def save(snapshot: Snapshot, used: list[tuple[int, int]]) -> int:
     """Keep what a clone has used (``MemoryServer.used``); returns the number of pages that it makes up.
 
     Raises:
-        SnapshotError: it cannot be written.
+        FcvmError: it cannot be written.
     """
     ranges = joined(used)
     try:
