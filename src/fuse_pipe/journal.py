@@ -63,18 +63,17 @@ class Journal:
 
     def _write_added(self) -> None:
         count = len(self.records)
-        data = b"".join(map(marshal.dumps, self.records[:count]))
-        del self.records[:count]
-        if self.lost:
-            return
-        try:
-            _write(self._fd, data)
-            self._size += len(data)
-        except OSError as error:
-            log.warning("%s: %s; what is open is lost if this process is killed", self.path, error.strerror)
-            self.lost = True
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
+        if not self.lost:
+            data = b"".join(map(marshal.dumps, self.records[:count]))
+            try:
+                _write(self._fd, data)
+                self._size += len(data)
+            except OSError as error:
+                log.warning("%s: %s; what is open is lost if this process is killed", self.path, error.strerror)
+                self.lost = True
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, 0)
+        del self.records[:count]  # only now: a thread that finds nothing here answers
 
     def outgrown(self) -> bool:
         """Whether to rewrite it now: it is much larger than it need be, or was lost. Not said again for some time."""
@@ -92,6 +91,8 @@ class Journal:
             OSError: it cannot be written; the journal is what it was.
         """
         with self._lock:
+            if self._fd < 0:
+                return
             self._write_added()  # the state has it, and references to a node must not be counted twice
             state = make_state()
             new = self.path.with_suffix(".new")
@@ -110,9 +111,10 @@ class Journal:
             self._most = max(REWRITE, 2 * len(data))
 
     def close(self, *, remove: bool) -> None:
-        """Close the file; with ``remove`` the mount is over and the file goes."""
+        """Close the file, which nothing is written to any more; with ``remove`` the mount is over and the file goes."""
         with self._lock:
             os.close(self._fd)
+            self._fd, self.lost = -1, True
             if remove:
                 with contextlib.suppress(FileNotFoundError):
                     self.path.unlink()

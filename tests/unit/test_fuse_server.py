@@ -859,6 +859,54 @@ def test_a_journal_that_cannot_begin_anew_has_what_was_added_meanwhile(
     journal.close(remove=True)
 
 
+def test_nobody_answers_before_what_another_thread_writes_for_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.journal"
+    journal = Journal(path)
+    begun, go = threading.Event(), threading.Event()
+    write = journal_module._write
+
+    def late(fd: int, data: bytes) -> None:
+        begun.set()
+        assert go.wait(60)
+        write(fd, data)
+
+    monkeypatch.setattr(journal_module, "_write", late)
+    sizes: list[int] = []
+
+    def flush() -> None:
+        journal.flush()
+        sizes.append(path.stat().st_size)
+
+    journal.add(("flock", 3, fcntl.F_WRLCK))
+    first = threading.Thread(target=flush, daemon=True)
+    first.start()
+    assert begun.wait(60)
+    second = threading.Thread(target=flush, daemon=True)
+    second.start()
+    second.join(0.2)
+    go.set()
+    for thread in (first, second):
+        thread.join(60)
+    assert sizes == [path.stat().st_size] * 2
+    assert 0 not in sizes
+    journal.close(remove=True)
+
+
+def test_a_journal_that_is_closed_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A thread may come late: the number of the journal's descriptor is another file's by then."""
+    journal = Journal(tmp_path / "x.journal")
+    journal.close(remove=True)
+    with (tmp_path / "precious").open("wb"):
+        journal.add(("flock", 3, fcntl.F_WRLCK))
+        journal.flush()
+        journal.rewrite(dict)
+    assert (tmp_path / "precious").read_bytes() == b""
+    assert os.listdir(tmp_path) == ["precious"]
+    assert not caplog.records
+
+
 def held_by(volume: Volume, node: int, number: int) -> bool:
     owner = volume.records.owner(node, number)
     return owner is not None and bool(owner.held)
