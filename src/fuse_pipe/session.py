@@ -31,12 +31,15 @@ _OUT_SIZE = m.OUT_HEADER.size
 
 
 class Gate:
-    """What requests are handled within; closed, it holds them off so that the session stands still."""
+    """What requests are handled within; closed, it holds them off so that the session stands still.
+
+    Several may close it at a time: it is open when all of them have opened it.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._inside = 0
-        self._closed = self._ended = False
+        self._inside = self._closed = 0
+        self._ended = False
 
     def __enter__(self) -> None:
         with self._condition:
@@ -55,19 +58,20 @@ class Gate:
     def close(self) -> None:
         """Let nobody in, and wait until nobody is inside."""
         with self._condition:
-            self._closed = True
+            self._closed += 1
             self._condition.wait_for(lambda: self._inside == 0)
 
     def open(self) -> None:
         """Let everybody in again."""
         with self._condition:
-            self._closed = False
+            self._closed -= 1
             self._condition.notify_all()
 
     def end(self) -> None:
         """Turn away for good whoever wants in, and wait until nobody is inside."""
         with self._condition:
-            self._closed = self._ended = True
+            self._closed += 1
+            self._ended = True
             self._condition.notify_all()
             self._condition.wait_for(lambda: self._inside == 0)
 

@@ -907,6 +907,30 @@ def test_a_journal_that_is_closed_writes_nothing(tmp_path: Path, caplog: pytest.
     assert not caplog.records
 
 
+def test_a_gate_is_open_when_everybody_who_closed_it_has_opened_it() -> None:
+    gate = session_module.Gate()
+    entered = threading.Event()
+
+    def enter() -> None:
+        with gate:
+            entered.set()
+
+    gate.close()
+    gate.close()  # a state is saved while a journal begins anew
+    gate.open()
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    assert not entered.wait(0.2)
+    gate.open()
+    assert entered.wait(60)
+    thread.join(60)
+    gate.close()
+    gate.end()
+    gate.open()
+    with pytest.raises(ConnectionLost), gate:
+        pass
+
+
 def held_by(volume: Volume, node: int, number: int) -> bool:
     owner = volume.records.owner(node, number)
     return owner is not None and bool(owner.held)
