@@ -117,11 +117,12 @@ def _save_volume(volume: Volume) -> dict[str, Any]:
             ]
     with volume.lock:
         handles = [[number, h.node.id, h.flags, h.flock, sorted(h.owners)] for number, h in volume.handles.items()]
-    locks = [
-        [node, number, owner.pid, owner.held]
-        for node, owners in list(volume.records.nodes.items())
-        for number, owner in owners.items()
-    ]
+    with volume.records.lock:
+        locks = [
+            [node, number, owner.pid, owner.held]
+            for node, owners in volume.records.nodes.items()
+            for number, owner in owners.items()
+        ]
     return {
         "flags": volume.flags,
         "minor": volume.minor,

@@ -496,6 +496,30 @@ def test_a_state_does_not_miss_the_end_of_a_request(tmp_path: Path, monkeypatch:
     server.close()
 
 
+def test_who_comes_to_wait_for_a_lock_disturbs_no_state(tmp_path: Path) -> None:
+    """The thread of a request that waits is not held off."""
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    c.call(m.SETLK, node, fh=fh, owner=1, start=0, end=9, type=fcntl.F_WRLCK)
+    records = server.sessions["test"].volume.records
+
+    class Growing(dict[int, Any]):
+        """While one looks at it another owner comes, if it can."""
+
+        def items(self) -> Any:
+            for item in super().items():
+                yield item
+                if not records.lock.locked():
+                    records.add(node, 2, item[1].fd, 0)
+
+    records.nodes[node] = Growing(records.nodes[node])
+    assert [owner for _, owner, *_ in saved_in_time(server)["volume"]["locks"]] == [1]
+    c.close()
+    server.close()
+
+
 def test_answers_that_are_about_to_be_sent_are_in_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request counts as taken in: a clone's relay would not ask again."""
     reached, go = threading.Event(), threading.Event()
