@@ -151,6 +151,10 @@ def write(
 def flush(volume: Volume, worker: Worker, number: int, _u: int, _p: int, owner: int) -> bytes:
     handle = volume.handle(number)
     volume.records.release(worker.nodeid, owner)
+    if owner in handle.owners:
+        handle.owners.remove(owner)
+        if volume.journal is not None:
+            volume.journal.add(("disown", number, owner))
     if handle.written:  # a file system on a network says only now what went wrong
         handle.written = False
         os.close(os.dup(handle.fd.n))

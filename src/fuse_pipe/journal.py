@@ -228,6 +228,10 @@ class Replay:
         if number in self.handles and owner not in self.handles[number][4]:
             self.handles[number][4].append(owner)
 
+    def _disown(self, number: int, owner: int) -> None:
+        if number in self.handles and owner in self.handles[number][4]:
+            self.handles[number][4].remove(owner)
+
     def _lock(self, node: int, owner: int, pid: int, start: int, end: int, kind: int) -> None:
         entry = self.locks.setdefault((node, owner), [pid, []])
         entry[1] = set_range(entry[1], start, end, kind)

@@ -1055,6 +1055,28 @@ def test_what_a_mount_may_lock_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert (records.owners, records.ranges) == (0, 0)
 
 
+def test_a_lock_taken_through_another_open_file_is_not_given_up_with_the_first(tmp_path: Path) -> None:
+    """A process locks and unlocks through a file that another one has inherited, and then through its own."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node, shared = c.create(b"f")
+    own = c.call(m.OPEN, node, flags=os.O_RDWR)[0][0].fh
+    lock = {"owner": 5, "start": 0, "end": 9, "type": fcntl.F_WRLCK}
+    c.call(m.SETLK, node, fh=shared, **lock)
+    c.call(m.FLUSH, node, fh=shared, lock_owner=5)
+    c.call(m.SETLK, node, fh=own, **lock)
+    replay = Replay()
+    replay.read(Path(shutil.copy(journals / "test.journal", tmp_path / "look")))
+    assert [replay.handles[fh][4] for fh in (shared, own)] == [[], [5]]
+    c.call(m.RELEASE, node, fh=shared)
+    assert held(server) == [(node, 5)]
+    c.close()
+    server.close()
+
+
 def test_many_ranges_cost_no_more_each_than_few() -> None:
     def cost(count: int) -> float:
         held: list[tuple[int, int, int]] = []
