@@ -24,7 +24,7 @@ log = logging.getLogger("fuse_pipe")
 WAKE = signal.SIGUSR1
 THREADS = 64  # for slow requests, at most; beyond it they wait for one another
 SLOW_MOST = 1024  # slow requests and waits for locks at a time
-REMEMBERED = 256  # interrupts that came before what they interrupt
+REMEMBERED = 256  # interrupts of what is not done yet, or came before it
 _OUT = m.OUT_HEADER.pack
 _IN = m.IN_HEADER.unpack_from
 _OUT_SIZE = m.OUT_HEADER.size
@@ -103,7 +103,7 @@ class Session:
         self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
         self.answering: set[int] = set()  # those that are done
         self.waiting: dict[int, Waiting] = {}
-        self._interrupted: OrderedDict[int, None] = OrderedDict()  # requests to interrupt that are not waiting yet
+        self.interrupted: OrderedDict[int, None] = OrderedDict()  # requests that are not done, or not begun
         self._threads = threading.BoundedSemaphore(THREADS)
         self.idle = threading.Condition(self.lock)  # notified when slow requests end, or begin to wait
         if volume.watcher is not None:
@@ -315,19 +315,21 @@ class Session:
         with self.lock:  # only now: a state that is saved has the request or its answer
             self.slow.pop(unique, None)
             self.answering.discard(unique)
+            self.interrupted.pop(unique, None)
 
     def _wait(self, unique: int, message: bytes) -> Buffers | None:
         """Wait for a lock until it is there or the request is interrupted."""
         waiting = Waiting()
         with self.lock:
             self.waiting[unique] = waiting
-            waiting.interrupted = unique in self._interrupted
-            self._interrupted.pop(unique, None)
+            waiting.interrupted = unique in self.interrupted
             self.idle.notify_all()
         try:
             while not waiting.interrupted:
                 reply = self.execute(this_worker(), memoryview(message))
                 if reply is None or m.OUT_HEADER.unpack_from(reply[0])[1] != -errno.EINTR:
+                    with self.lock:
+                        self.interrupted.pop(unique, None)  # too late
                     return reply
             return (_OUT(_OUT_SIZE, -errno.EINTR, unique),)
         finally:
@@ -339,13 +341,11 @@ class Session:
     def interrupt(self, unique: int) -> None:
         """The caller of a request got a signal: end its wait for a lock. Nothing else waits for long."""
         with self.lock:
+            self.interrupted[unique] = None
+            if len(self.interrupted) > REMEMBERED:
+                self.interrupted.popitem(last=False)
             waiting = self.waiting.get(unique)
-            if waiting is None:
-                self._interrupted[unique] = None
-                if len(self._interrupted) > REMEMBERED:
-                    self._interrupted.popitem(last=False)
-                return
-            if waiting.interrupted:
+            if waiting is None or waiting.interrupted:
                 return
             waiting.interrupted = True
         threading.Thread(target=_wake, args=(waiting,), name="fuse_pipe wake", daemon=True).start()

@@ -76,6 +76,7 @@ def _still(session: Session) -> Iterator[None]:
 def _save_session(session: Session) -> dict[str, Any]:
     with session.lock:
         waiting = [[channel, _text(message)] for channel, message in session.slow.values()]
+        interrupted = list(session.interrupted)
         channels = [  # after those, whose answers may just be on their way
             [
                 c.number,
@@ -89,6 +90,7 @@ def _save_session(session: Session) -> dict[str, Any]:
         "name": session.name,
         "channels": channels,
         "waiting": waiting,
+        "interrupted": interrupted,
         "answers": [[unique, _text(answer)] for unique, answer in list(session.answers.items())],
         "volume": _save_volume(session.volume),
     }
@@ -171,6 +173,8 @@ def restore(server: "Server", state: dict[str, Any]) -> None:
                 session.answers[unique] = _bytes(answer)
                 if session.volume.journal is not None:
                     session.volume.journal.answer(unique, session.answers[unique])
+            for unique in saved.get("interrupted", ()):
+                session.interrupt(unique)
             for number, message in saved["waiting"]:
                 _wait_again(session, session.channel(number), _bytes(message))
             if session.volume.watcher is not None:  # what changed while nobody looked

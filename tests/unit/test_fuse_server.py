@@ -520,6 +520,40 @@ def test_who_comes_to_wait_for_a_lock_disturbs_no_state(tmp_path: Path) -> None:
     server.close()
 
 
+def test_a_wait_that_was_interrupted_is_so_in_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so once."""
+    reached, go = threading.Event(), threading.Event()
+    wake = session_module._wake
+
+    def late(waiting: session_module.Waiting) -> None:
+        reached.set()
+        assert go.wait(60)
+        wake(waiting)
+
+    monkeypatch.setattr(session_module, "_wake", late)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9, "type": fcntl.F_WRLCK}
+    c.call(m.SETLK, node, owner=1, **lock)
+    waiting = c.send(m.SETLKW, node, owner=2, **lock)
+    session = server.sessions["test"]
+    wait_for(lambda: session.waiting, "the wait")
+    c.send(m.INTERRUPT, node, unique=waiting)
+    assert reached.wait(60)
+    state = server.save()
+    other = Server(str(tmp_path), state=state)
+    clone = Client(other, base=0, received=3)
+    assert m.OUT_HEADER.unpack_from(clone.receive())[1:] == (-errno.EINTR, waiting)
+    go.set()
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (-errno.EINTR, waiting)
+    wait_for(lambda: not server.sessions["test"].slow, "the end of the request")
+    assert not server.sessions["test"].interrupted
+    for each in (clone, c, other, server):
+        each.close()
+
+
 def test_answers_that_are_about_to_be_sent_are_in_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request counts as taken in: a clone's relay would not ask again."""
     reached, go = threading.Event(), threading.Event()
