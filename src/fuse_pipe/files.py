@@ -151,7 +151,7 @@ def write(
 def flush(volume: Volume, worker: Worker, number: int, _u: int, _p: int, owner: int) -> bytes:
     handle = volume.handle(number)
     volume.records.release(worker.nodeid, owner)
-    if owner in handle.owners:
+    if owner in handle.owners and volume.records.owner(handle.node.id, owner) is None:  # else it waits for a lock
         handle.owners.remove(owner)
         if volume.journal is not None:
             volume.journal.add(("disown", number, owner))

@@ -51,15 +51,21 @@ def set_range(held: list[Range], start: int, end: int, kind: int) -> list[Range]
     return [*held[: touched.start], *merged, *held[touched.stop :]]
 
 
-class Owner:
-    """One process's locks on one file."""
+def _length(start: int, end: int) -> int:
+    """Of a range as ``struct flock`` has it: 0 is to the end of the file."""
+    return 0 if end >= END else end - start + 1
 
-    __slots__ = ("fd", "held", "pid")
+
+class Owner:
+    """One process's locks on one file. ``waits``: how many threads wait for one."""
+
+    __slots__ = ("fd", "held", "pid", "waits")
 
     def __init__(self, fd: "Fd", pid: int) -> None:
         self.fd = fd
         self.pid = pid
         self.held: list[Range] = []
+        self.waits = 0
 
 
 class RecordLocks:
@@ -84,31 +90,55 @@ class RecordLocks:
     def add(self, node: int, owner: int, fd: "Fd", pid: int) -> Owner:
         """A new owner, that locks through ``fd``; the first of two that come at once wins. ENOLCK: too many."""
         with self.lock:
-            owners = self.nodes.get(node, {})
-            if owner not in owners:
-                if self.owners >= self.most:
-                    raise OSError(errno.ENOLCK, "too many owners of locks")
-                self.owners += 1
-                owners[owner] = Owner(fd, pid)
-                self.nodes[node] = owners
-            return owners[owner]
+            return self._put(node, owner, Owner(fd, pid))
+
+    def _put(self, node: int, number: int, owner: Owner) -> Owner:
+        owners = self.nodes.get(node, {})
+        if number not in owners:
+            if self.owners >= self.most:
+                raise OSError(errno.ENOLCK, "too many owners of locks")
+            self.owners += 1
+            owners[number] = owner
+            self.nodes[node] = owners
+        return owners[number]
 
     def set(self, node: int, number: int, owner: Owner, kind: int, start: int, end: int, wait: bool) -> None:
         """Lock, change or unlock a range; EAGAIN if it conflicts and ``wait`` is not set, EINTR if a signal came, ENOLCK
         if there are too many.
         """
+        end = min(end, END)
         with self.lock:
-            if self.ranges >= RANGES and len(set_range(owner.held, start, min(end, END), kind)) > len(owner.held):
+            owner = self._put(node, number, owner)  # unless everything of it was given up just now
+            if self.ranges >= RANGES and len(set_range(owner.held, start, end, kind)) > len(owner.held):
                 raise OSError(errno.ENOLCK, "too many locks")
-        length = 0 if end >= END else end - start + 1
-        linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLKW if wait else linux.F_OFD_SETLK, kind, start, length)
-        with self.lock:
-            held = set_range(owner.held, start, min(end, END), kind)
-            if self.owner(node, number) is owner:
-                self.ranges += len(held) - len(owner.held)
+            if self._set(node, number, owner, kind, start, end, wait):
+                return
+            owner.waits += 1
+        try:
+            while True:
+                linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLKW, kind, start, _length(start, end))
+                with self.lock:  # held by now, unless another thread of the owner has just unlocked it
+                    if self._set(node, number, owner, kind, start, end, wait):
+                        return
+        finally:
+            with self.lock:
+                owner.waits -= 1
+
+    def _set(self, node: int, number: int, owner: Owner, kind: int, start: int, end: int, wait: bool) -> bool:
+        """Do it and note it, so that what is noted is what is held; False if ``wait`` is set and it must wait."""
+        try:
+            linux.ofd_lock(owner.fd.n, linux.F_OFD_SETLK, kind, start, _length(start, end))
+        except OSError as error:
+            if wait and error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        if self.owner(node, number) is owner:  # else the file is not known any more
+            held = set_range(owner.held, start, end, kind)
+            self.ranges += len(held) - len(owner.held)
             owner.held = held
             if self.journal is not None:
-                self.journal.add(("lock", node, number, owner.pid, start, min(end, END), kind))
+                self.journal.add(("lock", node, number, owner.pid, start, end, kind))
+        return True
 
     def test(
         self, node: int, owner: int, fd: "Fd", kind: int, start: int, end: int
@@ -116,8 +146,7 @@ class RecordLocks:
         """The first lock in the way of this one as (start, end, type, pid), pid 0 if it is not ours to name; or
         None.
         """
-        length = 0 if end >= END else end - start + 1
-        found, begin, size, pid = linux.ofd_lock(fd.n, linux.F_OFD_GETLK, kind, start, length)
+        found, begin, size, pid = linux.ofd_lock(fd.n, linux.F_OFD_GETLK, kind, start, _length(start, end))
         if found == fcntl.F_UNLCK:
             return None
         last = END if size == 0 else begin + size - 1
@@ -130,19 +159,22 @@ class RecordLocks:
         return begin, last, found, 0 if pid < 0 else pid
 
     def release(self, node: int, owner: int) -> None:
-        """Give up everything of the owner on this file."""
-        owners = self.nodes.get(node)
-        if owners is None:
+        """Give up everything of the owner on this file; one that waits for a lock there stays, to have it then."""
+        if node not in self.nodes:
             return
         with self.lock:
-            gone = owners.pop(owner, None)
-            if gone is not None:
-                self._uncount(gone)
-            if not owners:
-                self.nodes.pop(node, None)
+            gone = self.owner(node, owner)
+            if gone is None:
+                return
+            self.ranges -= len(gone.held)
+            gone.held = []
+            if not gone.waits:
+                self.owners -= 1
+                del self.nodes[node][owner]
+                if not self.nodes[node]:
+                    del self.nodes[node]
             if self.journal is not None:
                 self.journal.add(("unlock", node, owner))
-        if gone is not None:  # not only by closing: a thread that waits for a lock may still hold the descriptor
             try:
                 linux.ofd_lock(gone.fd.n, linux.F_OFD_SETLK, fcntl.F_UNLCK, 0, 0)
             except OSError as error:
@@ -153,13 +185,10 @@ class RecordLocks:
         """The file is not known any more."""
         with self.lock:
             for gone in self.nodes.pop(node, {}).values():
-                self._uncount(gone)
+                self.owners -= 1
+                self.ranges -= len(gone.held)
+                gone.held = []
             self.seen.pop(node, None)
-
-    def _uncount(self, gone: Owner) -> None:
-        self.owners -= 1
-        self.ranges -= len(gone.held)
-        gone.held = []
 
     def close(self) -> None:
         """Give up everything."""

@@ -1111,6 +1111,65 @@ def test_a_lock_taken_through_another_open_file_is_not_given_up_with_the_first(t
     server.close()
 
 
+def locked_on_host(path: Path) -> bool:
+    """Whether somebody has a record lock on the first byte."""
+    with path.open("r+b") as host:
+        return error_of(linux.ofd_lock, host.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 1) != ""
+
+
+def test_a_lock_that_is_got_after_its_owner_closed_the_file_elsewhere_is_held(tmp_path: Path) -> None:
+    """One thread of a process waits for a lock; another one closes the file, which gives up what the process has so far."""
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9, "type": fcntl.F_WRLCK}
+    with (tmp_path / "f").open("r+b") as host:
+        linux.ofd_lock(host.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 10)
+        waiting = c.send(m.SETLKW, node, owner=5, **lock)
+        session = server.sessions["test"]
+        records = session.volume.records
+        wait_for(lambda: (owner := records.owner(node, 5)) and owner.waits, "the wait")
+        c.call(m.FLUSH, node, fh=fh, lock_owner=5)
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, waiting)
+    wait_for(lambda: not session.slow, "the end of the request")
+    assert locked_on_host(tmp_path / "f")
+    assert held(server) == [(node, 5)]
+    c.call(m.RELEASE, node, fh=fh)
+    assert not locked_on_host(tmp_path / "f")
+    assert (records.owners, records.ranges) == (0, 0)
+    c.close()
+    server.close()
+
+
+def test_what_is_noted_of_a_lock_is_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread of its owner unlocks just when the wait for it ends."""
+    ofd_lock = linux.ofd_lock
+    unlocked: list[int] = []
+
+    def unlock_first(fd: int, command: int, *arguments: int) -> Any:
+        result = ofd_lock(fd, command, *arguments)
+        if command == linux.F_OFD_SETLKW and not unlocked:
+            unlocked.append(fd)
+            server.sessions["test"].volume.records.set(node, 5, owner, fcntl.F_UNLCK, 0, 9, False)
+        return result
+
+    monkeypatch.setattr(linux, "ofd_lock", unlock_first)
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    with (tmp_path / "f").open("r+b") as host:
+        ofd_lock(host.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 10)
+        c.send(m.SETLKW, node, fh=fh, owner=5, start=0, end=9, type=fcntl.F_WRLCK)
+        owner = wait_for(lambda: server.sessions["test"].volume.records.owner(node, 5), "the owner")
+    c.receive()
+    assert unlocked
+    assert (locked_on_host(tmp_path / "f"), owner.held) == (True, [(0, 9, fcntl.F_WRLCK)])
+    c.close()
+    server.close()
+
+
 def test_many_ranges_cost_no_more_each_than_few() -> None:
     def cost(count: int) -> float:
         held: list[tuple[int, int, int]] = []
