@@ -52,10 +52,27 @@ def _file(volume: Volume, worker: Worker, number: int) -> Handle:
     return handle
 
 
-def flock(handle: Handle, kind: int, wait: bool) -> None:
+def flock(volume: Volume, number: int, handle: Handle, kind: int, wait: bool) -> None:
     """Lock a whole file for an open of it, as flock(2) does; the lock is one of the host's own flocks."""
-    linux.flock(handle.fd.n, _FLOCK[kind] | (0 if wait else fcntl.LOCK_NB))
-    handle.flock = kind
+    while True:
+        with volume.lock:  # so that what is noted is what is held
+            try:
+                linux.flock(handle.fd.n, _FLOCK[kind] | fcntl.LOCK_NB)
+            except OSError as error:
+                _note_flock(volume, number, handle, fcntl.F_UNLCK)  # Linux gives up the old lock first
+                if not wait or error.errno != errno.EAGAIN:
+                    raise
+            else:
+                _note_flock(volume, number, handle, kind)
+                return
+        linux.flock(handle.fd.n, _FLOCK[kind])
+
+
+def _note_flock(volume: Volume, number: int, handle: Handle, kind: int) -> None:
+    if handle.flock != kind:
+        handle.flock = kind
+        if volume.journal is not None:
+            volume.journal.add(("flock", number, kind))
 
 
 def takes(message: memoryview) -> bool:
@@ -116,9 +133,7 @@ def setlk(
     _range(start, end, kind)
     handle = _file(volume, worker, number)
     if flags & m.LK_FLOCK:
-        flock(handle, kind, wait)
-        if volume.journal is not None:
-            volume.journal.add(("flock", number, kind))
+        flock(volume, number, handle, kind, wait)
         return b""
     if handle.node.kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, "only files have record locks")

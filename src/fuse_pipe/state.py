@@ -7,6 +7,7 @@ by file handle. What is not found again gives ESTALE, on which the kernel looks 
 import base64
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -246,13 +247,14 @@ def _restore_handles(volume: Volume, saved: dict[str, Any], nodes: dict[int, Nod
                 raise
             continue
         handle = Handle(node, fd, flags)
-        handle.owners, handle.flock = set(owners), flock
+        handle.owners = set(owners)
         volume.handles[number] = handle
         volume.broken.discard(number)
         node.opens += 1
         node.fd = path
-        with contextlib.suppress(OSError):
-            locking.flock(handle, flock, False)
+        if flock != fcntl.F_UNLCK:
+            with contextlib.suppress(OSError):  # lost to somebody else meanwhile, or still held by who was cloned
+                locking.flock(volume, number, handle, flock, False)
 
 
 def _reopen_flags(volume: Volume, node: Node, flags: int) -> int:

@@ -1170,6 +1170,35 @@ def test_what_is_noted_of_a_lock_is_what_is_held(tmp_path: Path, monkeypatch: py
     server.close()
 
 
+def test_a_flock_that_is_lost_in_the_attempt_to_change_it_is_not_noted(tmp_path: Path) -> None:
+    """flock(2): the lock is given up first, and the new one may not be had."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "owner": 5, "lk_flags": m.LK_FLOCK, "start": 0, "end": 9}
+    with (root / "f").open("r+b") as host:
+        fcntl.flock(host, fcntl.LOCK_SH)
+        c.call(m.SETLK, node, type=fcntl.F_RDLCK, **lock)
+        assert error_of(c.call, m.SETLK, node, type=fcntl.F_WRLCK, **lock) == "EAGAIN"
+        fcntl.flock(host, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        replay = Replay()
+        replay.read(Path(shutil.copy(journals / "test.journal", tmp_path / "look")))
+        assert [handle[3] for handle in replay.handles.values()] == [fcntl.F_UNLCK]
+        waiting = c.send(m.SETLKW, node, type=fcntl.F_WRLCK, **lock)
+        wait_for(lambda: server.sessions["test"].waiting, "the wait")
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, waiting)
+    state = server.save()
+    assert [handle[3] for handle in state["sessions"][0]["volume"]["handles"]] == [fcntl.F_WRLCK]
+    other = Server(str(root), state=state)  # a clone's: the lock is the original's
+    assert [handle.flock for handle in other.sessions["test"].volume.handles.values()] == [fcntl.F_UNLCK]
+    other.close()
+    c.close()
+    server.close()
+
+
 def test_many_ranges_cost_no_more_each_than_few() -> None:
     def cost(count: int) -> float:
         held: list[tuple[int, int, int]] = []
