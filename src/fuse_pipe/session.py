@@ -300,6 +300,8 @@ class Session:
         except ProtocolError as error:
             log.debug("%s", error)
             reply = (_OUT(_OUT_SIZE, -errno.EINVAL, unique),)
+        except OSError as error:  # no memory for what belongs to a thread
+            reply = (_OUT(_OUT_SIZE, -(error.errno or errno.EIO), unique),)
         with self.lock:
             self.answering.add(unique)
             wanted = unique in self.slow
@@ -348,7 +350,10 @@ class Session:
             if waiting is None or waiting.interrupted:
                 return
             waiting.interrupted = True
-        threading.Thread(target=_wake, args=(waiting,), name="fuse_pipe wake", daemon=True).start()
+        try:
+            threading.Thread(target=_wake, args=(waiting,), name="fuse_pipe wake", daemon=True).start()
+        except RuntimeError:  # this host has no room for a thread
+            _wake(waiting)
 
     def drain(self) -> None:
         """Wait until no slow request is under way but those that wait for locks."""

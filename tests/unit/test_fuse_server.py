@@ -392,6 +392,45 @@ def test_without_room_for_threads_requests_fail_and_the_server_goes_on(
     server.close()
 
 
+def test_without_room_for_threads_a_wait_is_interrupted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9, "type": fcntl.F_WRLCK}
+    c.call(m.SETLK, node, owner=1, **lock)
+    waiting = c.send(m.SETLKW, node, owner=2, **lock)
+    wait_for(lambda: server.sessions["test"].waiting, "the wait")
+
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        c.send(m.INTERRUPT, node, unique=waiting)
+        assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (-errno.EINTR, waiting)
+        c.call(m.GETATTR)
+    c.close()
+    server.close()
+
+
+def test_a_request_whose_thread_cannot_do_anything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a state would wait for it for ever."""
+    this_worker = session_module.this_worker
+
+    def none() -> Any:
+        if threading.current_thread().name == "fuse_pipe slow":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return this_worker()
+
+    monkeypatch.setattr(session_module, "this_worker", none)
+    with client(tmp_path) as c:
+        node, fh = c.create(b"f")
+        assert error_of(c.call, m.FSYNC, node, fh=fh) == "ENOMEM"
+
+
 def test_a_request_is_in_the_state_until_its_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would answer it in a clone."""
     reached, go = threading.Event(), threading.Event()
