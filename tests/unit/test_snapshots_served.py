@@ -78,7 +78,8 @@ class Clone:
 
     def resume(self) -> None:
         connection = sockets.connect(self.directory / f"{VSOCK}_4999", timeout=60)
-        threading.Thread(target=self._act, args=(connection,), name="guest").start()
+        self._acting = threading.Thread(target=self._act, args=(connection,), name="guest")
+        self._acting.start()
         self.running.set()
 
     def _act(self, connection: socket.socket) -> None:
@@ -88,6 +89,12 @@ class Clone:
     def close(self) -> None:
         self.firecracker.kill()
         self.network.close()
+
+    def end(self) -> None:
+        """See the guest's end, which is that of its connection at the latest."""
+        if self.running.is_set():
+            self._acting.join()
+        os.close(self.firecracker.pidfd)
 
     def __enter__(self) -> "Clone":
         return self
@@ -100,7 +107,7 @@ class Clone:
 def clone(tmp_path: Path) -> Iterator[Clone]:
     made = Clone(tmp_path)
     yield made
-    os.close(made.firecracker.pidfd)
+    made.end()
 
 
 class Served:
