@@ -1,12 +1,13 @@
 """What the relay answers by itself, because the round trip to the server would be for nothing.
 
-- FLUSH of a file that was neither written nor locked since the last one.
+- FLUSH of a file that was neither written, copied into nor locked since the last one.
 - Whether a file made a moment ago has capabilities, which the kernel asks before it is first written or given away.
 - RELEASE: nobody waits for it. The server is told not to answer (``QUIET``).
 - WRITE, unless the file was opened with O_SYNC, O_DSYNC or O_DIRECT, or is the host's kernel's own (``/sys``), which may
   refuse the value: it is answered at once and goes to the server as QUIET. Everything later goes the same way behind it,
-  so whoever asks sees what was written; the host does when the file is closed or synced, and mostly at once. An error is told once to everybody who had the file open then, by the
-  next write, close or fsync, and writes wait for the server's answer again for a while, so that who fills a disk learns it.
+  so whoever asks sees what was written; the host does when the file is closed or synced, and mostly at once. An error is
+  told once to everybody who had the file open then, by the next write, close or fsync, and writes wait for the server's
+  answer again for a while, so that who fills a disk learns it.
 - GETATTR of a directory in which names were just changed, and of a file just closed: the kernel asks next, always, so
   the server sends the attributes ahead of its answer (``ATTRIBUTES``). They are dropped when anything that passes here
   could change them, and when the server notifies of anything that it noticed after it sent them.
@@ -35,6 +36,7 @@ REMEMBERED = 4096  # nodes of each kind, at most
 _WRITE = struct.Struct("<QIIQI")  # struct fuse_write_in from offset on
 _WRITE_AT = m.IN_HEADER.size + 8
 _WRITE_OUT = struct.Struct("<IiQII")
+_COPIED_TO_AT = m.IN_HEADER.size + 16  # nodeid_out in struct fuse_copy_file_range_in
 _NAME_AT = m.IN_HEADER.size + m.GETXATTR_IN.size
 _CAPABILITY = b"security.capability\0"
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC | os.O_DIRECT
@@ -52,7 +54,8 @@ _CHANGES = frozenset((
     m.TMPFILE, m.SETLK, m.SETLKW,
 ))  # fmt: skip  # locks: who waited for one wants to see what was written before it was given up
 _READS = frozenset((m.READ, m.READDIR, m.READDIRPLUS))  # change the access time only
-_ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64))
+_COPIES = frozenset((m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64))
+_ANY_FILE = frozenset((m.LINK, m.UNLINK, m.RENAME, m.RENAME2, *_COPIES))
 _ANY = frozenset((m.RMDIR, m.RENAME, m.RENAME2))
 _OPENS = frozenset((m.OPEN, m.CREATE, m.TMPFILE))
 _WATCHED = frozenset((*_NAMES, *_OPENS, m.FLUSH, m.FSYNC))  # whose answers are looked at
@@ -93,7 +96,7 @@ class Shortcuts:
         self.behind = behind
         self.quiet = False  # whether the server knows of QUIET; set with each connection
         self.locked: set[int] = set()  # nodes with record locks: their FLUSH gives locks up
-        self.written: dict[int, int] = {}  # node -> the turn of the last write, until a FLUSH after it was answered
+        self.written: dict[int, int] = {}  # node -> the turn of the last write or copy, until a FLUSH after it was answered
         self._settled: dict[int, int] = {}  # node -> the turn of the last FLUSH that was answered
         self.asked: dict[int, tuple[int, int, int, int]] = {}  # unique -> opcode, node, turn, handle; those in _WATCHED
         self._new: dict[int, float] = {}  # nodes made here, of whose capabilities nothing was set since -> when
@@ -160,6 +163,8 @@ class Shortcuts:
             self._new.pop(nodeid, None)
         elif opcode == m.SETLK or opcode == m.SETLKW:
             self.locked.add(nodeid)
+        elif opcode in _COPIES:
+            self.written[_NODE.unpack_from(buffer, _COPIED_TO_AT)[0]] = next(self._turns)
         elif opcode == m.FORGET:
             self._forget(nodeid)
         elif opcode == m.BATCH_FORGET:

@@ -217,6 +217,16 @@ def test_a_failed_write_is_told_once_to_each_who_had_the_file_open(kernel: Kerne
     assert told(m.FLUSH, 3) == errno.ENOSPC
 
 
+@pytest.mark.parametrize("opcode", [m.COPY_FILE_RANGE, m.COPY_FILE_RANGE_64])
+def test_what_was_copied_into_a_file_is_settled_when_it_is_closed(kernel: Kernel, opcode: int) -> None:
+    """A network file system of the host says only then that there was no room."""
+    assert kernel.ask(opcode, OTHER, fh_in=2, nodeid_out=FILE, fh_out=1, len=4096) is None
+    assert error_of(kernel.ask(m.FLUSH, OTHER, fh=2)) == 0
+    assert kernel.ask(m.FLUSH, FILE, fh=1) is None
+    kernel.answered()
+    assert error_of(kernel.ask(m.FLUSH, FILE, fh=1)) == 0
+
+
 def test_a_write_beside_the_close_of_another_is_not_settled_by_it(kernel: Kernel) -> None:
     write(kernel)
     kernel.ask(m.FLUSH, FILE, fh=2)
