@@ -161,7 +161,7 @@ class Watcher:
             node = directory.children.get(name) if name else directory
             if node is None:
                 continue
-            if now - node.data_at < DEFER_NS:  # being written from the other side: look when that pauses
+            if abs(now - node.data_at) < DEFER_NS:  # being written from the other side: look when that pauses
                 self._deferred[node] = None
             else:
                 self.check_file(node)
@@ -171,7 +171,7 @@ class Watcher:
     def _check_deferred(self) -> None:
         if self._deferred:
             now = time_ns()
-            for node in [node for node in self._deferred if now - node.data_at >= DEFER_NS]:
+            for node in [node for node in self._deferred if abs(now - node.data_at) >= DEFER_NS]:
                 del self._deferred[node]
                 self.check_file(node)
 

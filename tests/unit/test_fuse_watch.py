@@ -3,6 +3,7 @@
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,18 @@ def test_events_are_counted_while_others_are_expected(watcher: Watcher) -> None:
     watcher.expect(names)
     others[0].join()
     assert watcher._expected == {(NUMBER, b"f"): 2}
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+def test_a_file_is_looked_at_though_the_clock_was_set(watcher: Watcher, step: int) -> None:
+    """It was written from the other side an hour from now, or ago."""
+    sent: list[bytes] = []
+    watcher.notify = sent.append
+    root = root_of(watcher)
+    root.data_at = time.time_ns() + step * 10**9
+    watcher._judge(event(watch.IN_ATTRIB))
+    assert len(sent) == 1
+    root.told = None
+    watcher._deferred[root] = None
+    watcher._check_deferred()
+    assert len(sent) == 2
