@@ -5,6 +5,7 @@ change names are expected, one for one; a write is known by the state in which i
 """
 
 import contextlib
+import logging
 import os
 import select
 import stat
@@ -20,6 +21,8 @@ from fuse_pipe.nodes import Node, same, state_of
 
 if TYPE_CHECKING:
     from fuse_pipe.volume import Volume
+
+log = logging.getLogger("fuse_pipe")
 
 IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 0x40, 0x80, 0x100, 0x200
 IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
@@ -133,6 +136,10 @@ class Watcher:
                     self._judge(os.read(self.fd, 256 * 1024))
             except OSError:
                 continue  # the root is gone: nothing more will come
+            except Exception:  # a mistake here, which must not be the end of all news
+                log.exception("events in %s were lost", self.volume.path)
+                with contextlib.suppress(Exception):
+                    self._catch_up()
 
     def _judge(self, data: bytes) -> None:
         """Look at every event that is not expected."""
@@ -148,8 +155,7 @@ class Watcher:
                     names.add((directory, name))
                 continue
             if mask & IN_Q_OVERFLOW:
-                self._expected.clear()
-                self.check_all()
+                self._catch_up()
                 continue
             directory = watches.get(watch)
             if directory is None:
@@ -216,6 +222,11 @@ class Watcher:
             return
         node.told, node.data = state, None
         self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
+
+    def _catch_up(self) -> None:
+        """Events were lost, expected ones among them."""
+        self._expected.clear()
+        self.check_all()
 
     def check_all(self) -> None:
         """Events were lost, or nobody looked for a while: compare everything."""

@@ -105,3 +105,25 @@ def test_a_file_is_looked_at_though_the_clock_was_set(watcher: Watcher, step: in
     watcher._deferred[root] = None
     watcher._check_deferred()
     assert len(sent) == 2
+
+
+def test_the_watcher_outlives_what_it_cannot_make_sense_of(watcher: Watcher, caplog: pytest.LogCaptureFixture) -> None:
+    sent = threading.Event()
+    judge = watcher._judge
+
+    def fail(data: bytes) -> None:
+        watcher._judge = judge  # type: ignore[method-assign]
+        raise KeyError("nothing of the kind")
+
+    watcher.notify = lambda message: sent.set()
+    watcher._judge = fail  # type: ignore[method-assign]
+    root_of(watcher).watch = None
+    watcher.add(root_of(watcher))
+    watcher._thread.start()
+    try:
+        os.utime(watcher.volume.path)
+        assert sent.wait(60)
+    finally:
+        os.write(watcher._stop_write, b"x")
+        watcher._thread.join(60)
+    assert "nothing of the kind" in caplog.text
