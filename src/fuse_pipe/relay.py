@@ -293,6 +293,8 @@ class Relay:
 
     def _is_unanswered(self, message: bytes | bytearray | memoryview) -> bool:
         _, opcode, unique, _ = _HEAD.unpack_from(message)
+        if opcode == m.INTERRUPT:  # has no answer itself, and the kernel says so once
+            (unique,) = m.INTERRUPT_IN.unpack_from(message, m.IN_HEADER.size)
         return unique in self.pending or opcode in _FORGETS or (opcode in _QUIET_DUE and message[QUIET_AT] != 0)
 
     def _receive(self, channel: Channel, fd: int, sock: socket.socket) -> None:

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +174,27 @@ def test_a_lock_of_an_open_file_is_given_up_with_it_whenever_that_is_closed(base
             if early:
                 mounted.start_server()
             fuse_support.wait_for(lambda: not lock_on_host(), "the lock", 10)
+
+
+def test_who_is_killed_while_there_is_no_server_waits_for_no_lock(base: Path) -> None:
+    with fuse_support.mount(base, serve=("--journals", str(base / "journals"))) as mounted:
+        (mounted.path / "f").touch()
+        inode = (mounted.host / "f").stat().st_ino
+        with (mounted.path / "f").open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            waits = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX)"
+            with subprocess.Popen([sys.executable, "-c", waits, mounted.path / "f"]) as waiter:
+                fuse_support.wait_for(
+                    lambda: any("->" in line and f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines()),
+                    "the wait",
+                )
+                mounted.stop_server(signal.SIGKILL)
+                waiter.kill()
+                mounted.start_server()
+                try:
+                    assert waiter.wait(60) == -signal.SIGKILL
+                finally:
+                    fcntl.lockf(file, fcntl.LOCK_UN)
 
 
 def test_server_without_memory_heals_names(base: Path) -> None:
