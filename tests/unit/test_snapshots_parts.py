@@ -205,13 +205,17 @@ def test_clones_cannot_share_a_port(text: str) -> None:
     assert caught.value.hint == "--publish 8081-8083:80"
 
 
-def test_lines_end_with_the_connection_or_with_nonsense() -> None:
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize("nonsense", [b"[]", b"nonsense", DEEP])
+def test_lines_end_with_the_connection_or_with_nonsense(nonsense: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b'{"a": 1}\n{"b"')
         lines = servers.lines(ours)
         assert next(lines) == {"a": 1}
-        theirs.sendall(b": 2}\n[]\n{}\n")
+        theirs.sendall(b": 2}\n" + nonsense + b"\n{}\n")
         assert next(lines) == {"b": 2}
         assert next(lines, None) is None
     ours, theirs = socket.socketpair()
@@ -236,7 +240,7 @@ def test_request_comes_with_its_descriptors() -> None:
         assert os.read(read, 1) == b"x"
         os.close(fds[0])
         os.close(read)
-        for nonsense in (b"[]\n", b"nonsense\n"):
+        for nonsense in (b"[]\n", b"nonsense\n", DEEP + b"\n"):
             theirs.sendall(nonsense)
             with pytest.raises(ValueError):  # noqa: PT011
                 servers.receive(ours)

@@ -667,6 +667,7 @@ def test_a_stop_while_the_container_starts_keeps_its_deadline(vm: Supervisor, sa
     assert said.types()[:2] == ["plan", "stop"]
     assert deadline is not None
     assert vm.deadline == deadline
+    assert vm.entry.record.status == "stopping"
 
 
 def test_a_warming_that_was_lost_with_its_connection_is_asked_for_again(vm: Supervisor, said: Said) -> None:

@@ -201,17 +201,21 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(connection: socket.socket, data: bytes = b"") -> Iterator[dict[str, Any]]:
-    """The JSON lines that come, after those of ``data``, until the connection ends; what is no object ends it as well. Raises TimeoutError."""
+    """The JSON lines that come, after those of ``data``, until the connection ends; what is no object ends it as well.
+
+    Raises:
+        TimeoutError: nothing came in the connection's time.
+    """
     while True:
         line, newline, rest = data.partition(b"\n")
         if newline:
             data = rest
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
-                    continue
-            return
+            try:
+                value = _object(line)
+            except ValueError:
+                return
+            yield value
+            continue
         if len(data) > MAX_LINE:
             return
         try:
@@ -225,6 +229,17 @@ def lines(connection: socket.socket, data: bytes = b"") -> Iterator[dict[str, An
         data += more
 
 
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object that a line is; raises ValueError."""
+    try:
+        value = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
+
+
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int], bytes]:
     """The request that opens a connection, with its descriptors and what came after it; raises ValueError for anything else."""
     data, fds = b"", []
@@ -236,9 +251,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int], bytes
                 raise ValueError("no request came")
             data += more
         line, _, rest = data.partition(b"\n")
-        request = json.loads(line)
-        if not isinstance(request, dict):
-            raise ValueError("a request is an object")
+        request = _object(line)
     except BaseException:
         for fd in fds:
             os.close(fd)

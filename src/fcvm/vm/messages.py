@@ -107,7 +107,8 @@ def _run(vm: Supervisor) -> None:
     """The container runs: it can be attached to."""
     _arrived(vm)
     vm.phase = "running"
-    vm.entry.update(status="running")
+    if not vm.stop_sent:
+        vm.entry.update(status="running")
     vm.attachable.set()
     vm.on_started()
 
