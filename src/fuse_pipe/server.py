@@ -194,9 +194,7 @@ class Server:
             },
         )  # fmt: skip
         channel.attach(sock, received)
-        if channel.number == NOTIFY and session.unnotified and session.volume.watcher is not None:
-            session.unnotified = False
-            session.volume.watcher.invalidate_all()
+        session.make_up(channel)
         try:
             self._loop(session, channel, sock)
         finally:
@@ -235,6 +233,7 @@ class Server:
                     channel.send(replies)
                 elif channel.overdue():
                     channel.send(())
+            session.make_up(channel)
 
     def _bound(self) -> None:
         """See that all channels together do not keep too much.

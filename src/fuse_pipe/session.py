@@ -7,7 +7,7 @@ import signal
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fuse_pipe import locking
@@ -108,7 +108,9 @@ class Session:
         self.idle = threading.Condition(self.lock)  # notified when slow requests end, or begin to wait
         if volume.watcher is not None:
             volume.watcher.notify = self._notify
-        self.unnotified = False  # notifications were dropped because nobody took them
+        self._unnotified = False  # notifications were dropped because nobody took them
+        self._making_up: Iterator[None] = iter(())  # for that
+        self._maker = threading.Lock()
 
     def channel(self, number: int) -> Channel:
         """The channel of this number, made when it is first asked for."""
@@ -125,7 +127,23 @@ class Session:
         if len(channel.unacked) < KEPT_MESSAGES // 2:
             channel.send(((message,),))
         else:
-            self.unnotified = True
+            self._unnotified = True
+
+    def make_up(self, channel: Channel) -> None:
+        """Have the kernel believe nothing any more if notifications were dropped: as far as they are taken now, at each
+        acknowledgement a part.
+        """
+        if channel.number != NOTIFY or self.volume.watcher is None or not self._maker.acquire(blocking=False):
+            return
+        try:
+            while len(channel.unacked) < KEPT_MESSAGES // 4:
+                if next(self._making_up, True):  # there was no more
+                    if not self._unnotified:
+                        return
+                    self._unnotified = False
+                    self._making_up = self.volume.watcher.invalidate_all()
+        finally:
+            self._maker.release()
 
     def handle(self, channel: Channel, worker: Worker, message: memoryview, replies: list[Buffers]) -> None:
         """Do what one message asks; its reply, if there is one now, is added to ``replies``.

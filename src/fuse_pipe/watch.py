@@ -11,7 +11,7 @@ import select
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING
 
@@ -239,12 +239,14 @@ class Watcher:
                     continue
             self.check_file(node, force=any(changed))
 
-    def invalidate_all(self) -> None:
-        """Tell the kernel to believe nothing that it was told: notifications were lost."""
+    def invalidate_all(self) -> Iterator[None]:
+        """Tell the kernel to believe nothing that it was told, a notification at each step: some were lost."""
         for node in self.volume.table.nodes():
             for name in list(node.children):
                 self._send_entry(node, name, None)
+                yield
             self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
+            yield
 
     def _send_entry(self, directory: Node, name: bytes, gone: Node | None) -> None:
         if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped

@@ -1379,3 +1379,33 @@ def exit_code(arguments: list[str]) -> object:
         return command.main(arguments)
     except SystemExit as ended:
         return ended.code
+
+
+def test_notifications_that_were_dropped_are_made_up_for_as_they_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More names are known than a connection may have unacknowledged: what does not fit was dropped once more, for good."""
+    monkeypatch.setattr(session_module, "KEPT_MESSAGES", 64)
+    names = {f"file-{number}".encode() for number in range(200)}
+    for name in names:
+        (tmp_path / name.decode()).touch()
+    server = Server(str(tmp_path))
+    try:
+        c = Client(server)
+        c.init()
+        for name in names:
+            c.lookup(name)
+        for _ in range(40):  # while there is no connection for them
+            server.sessions["test"]._notify(m.notification(m.NOTIFY_INVAL_INODE, m.ROOT_ID, 0, 0))
+        notifications = Client(server, number=channel.NOTIFY)
+        told: set[bytes] = set()
+        for count in itertools.count(1):
+            message = notifications.receive()
+            if m.OUT_HEADER.unpack_from(message)[1] == m.NOTIFY_INVAL_ENTRY:
+                told.add(message[m.OUT_HEADER.size + m.NOTIFY_INVAL_ENTRY_OUT.size :].rstrip(b"\0"))
+            if told == names:
+                break
+            if count % 8 == 0:
+                notifications.sock.sendall(m.IN_HEADER.pack(m.IN_HEADER.size, channel.ACK, count, 0, 0, 0, 0, 0, 0))
+        c.close()
+        notifications.close()
+    finally:
+        server.close()
