@@ -1202,6 +1202,7 @@ def test_what_is_noted_of_a_lock_is_what_is_held(tmp_path: Path, monkeypatch: py
         ofd_lock(host.fileno(), linux.F_OFD_SETLK, fcntl.F_WRLCK, 0, 10)
         c.send(m.SETLKW, node, fh=fh, owner=5, start=0, end=9, type=fcntl.F_WRLCK)
         owner = wait_for(lambda: server.sessions["test"].volume.records.owner(node, 5), "the owner")
+        wait_for(lambda: owner.waits, "the wait")
     c.receive()
     assert unlocked
     assert (locked_on_host(tmp_path / "f"), owner.held) == (True, [(0, 9, fcntl.F_WRLCK)])
