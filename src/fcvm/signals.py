@@ -64,7 +64,7 @@ def _delivered() -> Iterator[None]:
     os.set_blocking(write, False)
 
     def nudge() -> None:
-        while heard := os.read(read, 64):
+        while (heard := os.read(read, 64)) and not ended:
             woken = _woken
             while set(heard) != {WAKE} and woken == _woken and not ended:
                 signal.pthread_kill(main, WAKE)
@@ -81,6 +81,8 @@ def _delivered() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(wakeup)
         ended.append(True)
+        with contextlib.suppress(BlockingIOError):  # full: it has been heard
+            os.write(write, bytes(1))  # to close it would not do: a child may have it as well
         os.close(write)
         gone.acquire()  # it reads no more
         os.close(read)

@@ -5,6 +5,7 @@ import select
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -101,3 +102,16 @@ def test_nothing_is_left_of_the_wait_for_signals() -> None:
             break
         time.sleep(0.1)
     assert threads() <= before[1]
+
+
+def test_the_block_ends_though_a_child_lives_that_was_forked_in_it() -> None:
+    with handled(STOPPING, lambda *_: None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 and later warn of forks beside threads
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        began = time.monotonic()
+    assert time.monotonic() - began < 50
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

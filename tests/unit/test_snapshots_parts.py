@@ -285,18 +285,43 @@ def test_a_server_that_does_not_answer_keeps_nobody(
             servers.stop(layout, pid)
 
 
-def test_a_stop_of_several_servers_goes_on_where_one_has_ended(
+def test_a_stop_of_several_servers_goes_on_where_one_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(_: Layout, pid: int) -> None:
         if pid == 1:
-            raise NotFoundError("There is no clone server with pid 1.")
+            raise FcvmError("The clone server cannot serve another client.")
 
     monkeypatch.setattr(servers, "pids", lambda _: [1, 2])
     monkeypatch.setattr(servers, "stop", stop)
     context = types.SimpleNamespace(layout=Layout(tmp_path))
-    assert snapshot.run(argparse.Namespace(action="stop", all=True), context) == 0  # type: ignore[arg-type]
+    with pytest.raises(FcvmError, match="another client"):
+        snapshot.run(argparse.Namespace(action="stop", all=True), context)  # type: ignore[arg-type]
     assert capsys.readouterr().out == "2\n"
+
+
+def test_a_stop_asks_a_server_again_that_has_not_heard_it(tmp_path: Path) -> None:
+    """One that has no threads, say, closes the connection before it has read what is asked of it."""
+    layout, pid = Layout(tmp_path), os.getpid()
+    asked: list[dict[str, Any]] = []
+
+    def answer() -> None:
+        listener.accept()[0].close()
+        connection, _ = listener.accept()
+        with connection:
+            asked.append(servers.receive(connection)[0])
+            servers.send(connection, {"stopping": True})
+
+    with servers.registered(layout, {"pid": pid}) as directory, sockets.listen(directory / servers.SOCKET) as listener:
+        listener.settimeout(60)
+        answering = threading.Thread(target=answer)
+        answering.start()
+        stopping = threading.Thread(target=servers.stop, args=(layout, pid))
+        stopping.start()
+        answering.join()
+    stopping.join(60)
+    assert asked == [{"op": "stop"}]
+    assert not stopping.is_alive()
 
 
 def test_a_clone_that_is_gone_when_it_is_accepted_ends_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

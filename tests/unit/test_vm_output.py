@@ -1,5 +1,6 @@
 """The container's output: log, prefixes, following."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -97,6 +98,25 @@ def test_a_line_that_is_left_open_ends_where_it_began(tmp_path: Path, capfd) -> 
     output.write("stderr", b"err")
     output.close()
     assert capfd.readouterr() == ("[ctr:out] out\n", "[ctr:err] err\n")
+
+
+def test_a_reader_that_stands_still_does_not_keep_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor ends the output when it waits no longer; a line left open behind a mark made it wait all the same."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    monkeypatch.setitem(module._NUMBER, "stdout", write)
+    output = Output(tmp_path / LOG, 1 << 20, show=True, prefix=True)
+    output.write("stdout", b"begun")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(4096))
+    os.set_blocking(write, True)
+    closing = threading.Thread(target=output.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    os.close(read)
+    os.close(write)
 
 
 def test_what_is_no_terminal_is_exact_though_the_other_is_one(tmp_path: Path) -> None:

@@ -150,6 +150,26 @@ def test_a_stop_of_a_vm_that_is_ending_waits_for_its_end(tmp_path: Path, monkeyp
     assert early == [False]
 
 
+def test_a_stop_of_a_vm_that_begins_waits_until_it_can_be_asked(tmp_path: Path) -> None:
+    """It has its name before it listens; a stop that came in between was lost, and `fcvm stop` waited for the VM's own end."""
+    config = settings.load({"base_dir": str(tmp_path)})
+    layout = Layout(tmp_path)
+    (layout.vms / "1").mkdir()
+    entry = state.register(layout, state.Record("1", "web", os.getpid(), "starting", "starting", "image", 0.0, 1, 128))
+    args = argparse.Namespace(all=False, timeout=None, words=[], name="web", pid=None)
+    stopping = threading.Thread(target=stop.run, args=(args, Context(config)), daemon=True)
+    stopping.start()
+    time.sleep(0.3)
+    with sockets.listen(layout.vms / "1" / rpc.SOCKET) as listener:
+        listener.settimeout(60)
+        connection, _ = listener.accept()
+        assert rpc.receive(connection)["op"] == "stop"
+        rpc.answer(connection, {"ok": True})
+    entry.close()
+    stopping.join(60)
+    assert not stopping.is_alive()
+
+
 @pytest.mark.parametrize(
     ("code", "console", "said"),
     [

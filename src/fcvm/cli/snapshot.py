@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fcvm.cli import values
 from fcvm.cli.context import Context
-from fcvm.errors import ConflictError, FcvmError, NotFoundError, UsageError
+from fcvm.errors import FcvmError, UsageError
 from fcvm.snapshots.tags import check_tag, tag_names
 
 WHERE = "vms"
@@ -308,17 +308,15 @@ def _stop(args: argparse.Namespace, context: Context) -> int:
         found = servers.pids(context.layout)
     else:
         found = [pid for word in args.servers for pid in servers.find(context.layout, word)]
-    silent: list[ConflictError] = []
+    failed: list[FcvmError] = []
     for pid in dict.fromkeys(found):
         try:
             servers.stop(context.layout, pid)
             print(pid)
-        except NotFoundError:  # it has ended meanwhile
-            pass
-        except ConflictError as error:
-            silent.append(error)
-    if silent:
-        raise silent[0]  # the others being stopped
+        except FcvmError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]  # the others being stopped
     return 0
 
 

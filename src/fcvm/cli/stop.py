@@ -1,7 +1,7 @@
 """`fcvm stop`: end VMs: the container's stop signal, then a kill after the timeout."""
 
 import argparse
-import contextlib
+import time
 from concurrent import futures
 
 from fcvm.cli import target
@@ -14,6 +14,7 @@ from fcvm.vm import rpc, state
 
 WHERE = "vms"
 AT_ONCE = 64  # VMs; most of a stop is waiting for containers
+AGAIN = 0.05  # seconds between attempts to reach a VM that begins or ends
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +49,12 @@ def run(args: argparse.Namespace, context: Context) -> int:
 
     def stop(name: str) -> str:
         record = known.get(name) or state.find(layout, name=name)
-        with contextlib.suppress(NotFoundError):  # it has ended by itself meanwhile, which is as good
-            rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
-        state.wait_for_end(layout, record.id)  # one that was ending does not answer any more
+        while state.is_alive(layout, record.id):
+            try:
+                rpc.call(layout.vms / record.id, {"op": "stop", "timeout": args.timeout})
+                state.wait_for_end(layout, record.id)  # one that was ending does not answer any more
+            except NotFoundError:  # it does not listen any more, or not yet
+                time.sleep(AGAIN)
         return record.name
 
     with futures.ThreadPoolExecutor(AT_ONCE) as threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -84,10 +85,11 @@ class ClientOutput(Output):
                 self.closed = True
                 raise BrokenPipeError(*error.args) from error
 
-    def end_lines(self) -> None:
+    def end_lines(self, *, wait: bool = True) -> None:
         for stream in self.marks.unfinished() if not self.closed else ():
             with contextlib.suppress(OSError):
-                write_while(self.descriptors[stream], b"\n", self.connection)
+                if wait or select.select([], [self.descriptors[stream]], [], 0)[1]:
+                    write_while(self.descriptors[stream], b"\n", self.connection)
 
 
 class ClientSupervisor(Supervisor):

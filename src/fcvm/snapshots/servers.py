@@ -136,16 +136,14 @@ def stop(layout: Layout, pid: int) -> None:
     """End the server ``pid`` and its clones, and wait for that; one that is not there has ended.
 
     Raises:
-        ConflictError: it does not answer.
+        ConflictError: it does not answer. FcvmError: it refused.
     """
     directory = layout.base / "servers" / str(pid)
     while True:
         try:
             call(layout, pid, {"op": "stop"})
             break
-        except ConflictError:  # it is ending already
-            break
-        except NotFoundError:  # it does not listen any more, or not yet
+        except (ConflictError, NotFoundError):  # it is ending already, or does not listen yet
             if not _alive(directory):
                 return
             time.sleep(0.05)

@@ -119,15 +119,16 @@ class Output:
         with self.lock:
             return self.chunks, list(read_log(self.log.path.parent))
 
-    def end_lines(self) -> None:
-        """End lines left open behind a mark; as ``write`` it blocks while our own reader is slow."""
+    def end_lines(self, *, wait: bool = True) -> None:
+        """End lines left open behind a mark: as ``write`` it blocks while our own reader is slow, unless it is not to ``wait``."""
         for stream in self.marks.unfinished() if self.show and not self.closed else ():
             with contextlib.suppress(OSError):  # our reader has gone
-                os.write(_NUMBER[stream], b"\n")
+                if wait or select.select([], [_NUMBER[stream]], [], 0)[1]:
+                    os.write(_NUMBER[stream], b"\n")
 
     def close(self) -> None:
-        """End lines left open behind a mark, and the log."""
-        self.end_lines()
+        """End lines left open behind a mark, if our reader takes that now, and the log."""
+        self.end_lines(wait=False)
         self.log.close()
 
 
