@@ -5,6 +5,7 @@ change names are expected, one for one; a write is known by the state in which i
 """
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -30,6 +31,7 @@ IN_ONLYDIR, IN_EXCL_UNLINK = 0x01000000, 0x04000000
 NAMES = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
 MASK = NAMES | IN_MODIFY | IN_ATTRIB | IN_EXCL_UNLINK
 _EVENT = struct.Struct("iIII")
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # what a name that leads nowhere fails with
 
 # Events within this time are taken together: a file being written raises one for every write.
 GATHER = 0.004
@@ -189,7 +191,10 @@ class Watcher:
         try:
             fd = volume.table.fd(directory)
             info = os.stat(name, dir_fd=fd.n, follow_symlinks=False)
-        except OSError:
+        except OSError as error:
+            if believed is not missing and error.errno not in _GONE:  # no memory, no descriptors: it may be what it was
+                self._send_entry(directory, name, None, m.EXPIRE_ONLY)
+                return False
             info = None
         if isinstance(believed, Node):
             if info is not None and same(believed, info):
@@ -240,19 +245,24 @@ class Watcher:
             self.check_file(node, force=any(changed))
 
     def invalidate_all(self) -> Iterator[None]:
-        """Tell the kernel to believe nothing that it was told, a notification at each step: some were lost."""
+        """Have the kernel ask again for all that it was told, a notification at each step: some were lost."""
+        expires = self.volume.flags & m.HAS_EXPIRE_ONLY
         for node in self.volume.table.nodes():
             for name in list(node.children):
-                self._send_entry(node, name, None)
+                if expires:
+                    self._send_entry(node, name, None, m.EXPIRE_ONLY)
+                else:  # an older kernel would drop the name itself
+                    self.check_name(node, name)
                 yield
             self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
             yield
 
-    def _send_entry(self, directory: Node, name: bytes, gone: Node | None) -> None:
+    def _send_entry(self, directory: Node, name: bytes, gone: Node | None, flags: int = 0) -> None:
+        """Tell the kernel to drop a name, and unmount what is mounted on or below it; EXPIRE_ONLY: to ask for it again."""
         if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped
             self._send(m.notification(m.NOTIFY_DELETE, directory.id, gone.id, len(name), 0, tail=name + b"\0"))
         else:
-            self._send(m.notification(m.NOTIFY_INVAL_ENTRY, directory.id, len(name), 0, tail=name + b"\0"))
+            self._send(m.notification(m.NOTIFY_INVAL_ENTRY, directory.id, len(name), flags, tail=name + b"\0"))
 
     def _send(self, message: bytes) -> None:
         if self.notify is not None:

@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,29 @@ def pushed() -> Iterator[Mount]:
             yield mounted
         finally:
             mounted.stop()
+
+
+# Keeps little for a relay that takes nothing, and says next to the socket when it dropped something and made up for it.
+FEW_KEPT = """
+import pathlib
+import sys
+from fuse_pipe import session, watch
+from fuse_pipe.server import Server, listening
+here = pathlib.Path(sys.argv[2])
+notify, invalidate_all = session.Session._notify, watch.Watcher.invalidate_all
+def noted(self, message):
+    sent = notify(self, message)
+    if self._unnotified:
+        here.with_name("dropped").touch()
+    return sent
+def to_the_end(self):
+    yield from invalidate_all(self)
+    here.with_name("made up").touch()
+session.KEPT_MESSAGES = 128
+session.Session._notify, watch.Watcher.invalidate_all = noted, to_the_end
+with listening(sys.argv[2]) as listener:
+    Server(sys.argv[1]).accept(listener)
+"""
 
 
 @pytest.fixture
@@ -673,6 +697,48 @@ def test_inotify_tells_of_deletions_by_the_host(shared: Mount, here: Path) -> No
         (on_host(shared, here) / "f").unlink()
     assert select.select([fd], [], [], 60)[0]
     os.close(fd)
+
+
+def test_what_makes_up_for_dropped_notifications_leaves_mounts_and_working_directories() -> None:
+    """The kernel must not drop names that lead where they did: with a name goes what is mounted there."""
+    with fuse_support.scratch() as base:
+        mounted = Mount(base)
+        files = [f"file-{number}" for number in range(300)]
+        for name in ("mounted", "working"):
+            (mounted.host / name).mkdir(parents=True)
+        for name in files:
+            (mounted.host / name).write_text("old")
+        try:
+            mounted.start(program=FEW_KEPT)
+            assert mounted.relay is not None
+            linux.mount("tmpfs", str(mounted.path / "mounted"), "tmpfs", 0, "")
+            (mounted.path / "mounted" / "inside").write_text("content")
+            for name in files:
+                assert (mounted.path / name).read_text() == "old"
+            asked = [sys.executable, "-c", "import os; print(flush=True); input(); print(os.getcwd())"]
+            with subprocess.Popen(
+                asked, cwd=mounted.path / "working", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as working:
+                assert working.stdout is not None
+                working.stdout.readline()
+                mounted.relay.send_signal(signal.SIGSTOP)
+                try:
+                    for name in files:
+                        (mounted.host / name).write_text("new one")
+                    fuse_support.wait_for((base / "dropped").exists, "more than is kept")
+                finally:
+                    mounted.relay.send_signal(signal.SIGCONT)
+                fuse_support.wait_for((base / "made up").exists, "what makes up for it")
+                assert not (mounted.path / "last").exists()
+                (mounted.host / "last").touch()
+                eventually((mounted.path / "last").exists)  # what was sent before has come
+                assert working.communicate("\n", timeout=60)[0].strip() == str(mounted.path / "working")
+            assert fuse_support.is_mounted(mounted.path / "mounted")
+            assert (mounted.path / "mounted" / "inside").read_text() == "content"
+            for name in files:
+                assert (mounted.path / name).read_text() == "new one"
+        finally:
+            mounted.stop()
 
 
 def test_own_writes_keep_the_cache(shared: Mount, here: Path) -> None:

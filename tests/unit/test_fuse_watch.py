@@ -1,5 +1,6 @@
 """What the watcher makes of the host's events, whatever other threads do meanwhile."""
 
+import errno
 import os
 import struct
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fuse_pipe import messages as m
 from fuse_pipe import watch
 from fuse_pipe.nodes import Node
 from fuse_pipe.volume import Volume
@@ -127,3 +129,53 @@ def test_the_watcher_outlives_what_it_cannot_make_sense_of(watcher: Watcher, cap
         os.write(watcher._stop_write, b"x")
         watcher._thread.join(60)
     assert "nothing of the kind" in caplog.text
+
+
+def entries(sent: list[bytes]) -> list[tuple[bytes, int]]:
+    """Names that the kernel was told to drop, or to ask for again, and the flags that say which."""
+    return [
+        (message[m.OUT_HEADER.size + m.NOTIFY_INVAL_ENTRY_OUT.size : -1], m.NOTIFY_INVAL_ENTRY_OUT.unpack_from(message, 16)[2])
+        for message in sent
+        if m.OUT_HEADER.unpack_from(message)[1] == m.NOTIFY_INVAL_ENTRY
+    ]
+
+
+@pytest.fixture
+def known(watcher: Watcher, tmp_path: Path) -> list[bytes]:
+    """What a kernel was told that knows the directory ``there`` and that there is no ``missing``; what it is told now."""
+    sent: list[bytes] = []
+    (tmp_path / "there").mkdir()
+    table = watcher.volume.table
+    table.learn(table.root, b"there", os.stat(tmp_path / "there"))
+    table.missing(table.root, b"missing")
+    watcher.notify = sent.append
+    return sent
+
+
+def test_what_makes_up_for_lost_notifications_drops_no_names(watcher: Watcher, known: list[bytes]) -> None:
+    """With a name that is dropped goes what is mounted there."""
+    watcher.volume.flags = m.HAS_EXPIRE_ONLY
+    assert len(list(watcher.invalidate_all())) == 4
+    assert entries(known) == [(b"there", m.EXPIRE_ONLY), (b"missing", m.EXPIRE_ONLY)]
+
+
+def test_a_kernel_that_can_only_drop_names_is_told_of_those_that_changed(watcher: Watcher, known: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "missing").touch()
+    list(watcher.invalidate_all())
+    assert entries(known) == [(b"missing", 0)]
+
+
+def test_a_name_that_cannot_be_looked_at_is_not_dropped(
+    watcher: Watcher, known: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = root_of(watcher)
+    node = root.children[b"there"]
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        watcher.check_name(root, b"there")
+    assert entries(known) == [(b"there", m.EXPIRE_ONLY)]
+    assert root.children[b"there"] is node
