@@ -122,12 +122,14 @@ class Session:
                 channel = self.channels[number] = server_channel(number)
             return channel
 
-    def _notify(self, message: bytes) -> None:
+    def _notify(self, message: bytes) -> bool:
+        """Send a notification; False: it was dropped, for ``make_up``."""
         channel = self.channel(NOTIFY)
         if len(channel.unacked) < KEPT_MESSAGES // 2:
             channel.send(((message,),))
-        else:
-            self._unnotified = True
+            return True
+        self._unnotified = True
+        return False
 
     def make_up(self, channel: Channel) -> None:
         """Have the kernel believe nothing any more if notifications were dropped: as far as they are taken now, at each

@@ -42,11 +42,11 @@ DEFER_NS = int(DEFER * 1e9)
 
 
 class Watcher:
-    """A thread that reads the events of one volume. ``notify`` takes finished notifications."""
+    """A thread that reads the events of one volume. ``notify`` takes finished notifications, and says whether it did."""
 
     def __init__(self, volume: "Volume") -> None:
         self.volume = volume
-        self.notify: Callable[[bytes], None] | None = None
+        self.notify: Callable[[bytes], bool] | None = None
         self.fd = linux.inotify_init()
         self.watches: dict[int, Node] = {}
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
@@ -199,15 +199,20 @@ class Watcher:
         if isinstance(believed, Node):
             if info is not None and same(believed, info):
                 return False
-            volume.table.lost(directory, name)
             gone = info is None and self._links(believed) == 0
-            self._send_entry(directory, name, believed if gone else None)
+            self._tell_name(directory, name, believed, gone)
         elif believed is None:
             if info is None:
                 return False
-            volume.table.lost(directory, name)
-            self._send_entry(directory, name, None)
+            self._tell_name(directory, name, None, False)
         return True
+
+    def _tell_name(self, directory: Node, name: bytes, believed: Node | None, gone: bool) -> None:
+        """Tell the kernel that ``name`` is not what it believes; it goes on believing that if it cannot be told now."""
+        table = self.volume.table
+        table.lost(directory, name)
+        if not self._send_entry(directory, name, believed if gone else None) and name not in directory.children:
+            table.believe(directory, name, believed)
 
     def _links(self, node: Node) -> int:
         try:
@@ -226,7 +231,8 @@ class Watcher:
         if node.told == state and not force:
             return
         node.told, node.data = state, None
-        self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
+        if not self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0)):
+            node.told = None
 
     def _catch_up(self) -> None:
         """Events were lost, expected ones among them."""
@@ -257,13 +263,12 @@ class Watcher:
             self._send(m.notification(m.NOTIFY_INVAL_INODE, node.id, 0, 0))
             yield
 
-    def _send_entry(self, directory: Node, name: bytes, gone: Node | None, flags: int = 0) -> None:
+    def _send_entry(self, directory: Node, name: bytes, gone: Node | None, flags: int = 0) -> bool:
         """Tell the kernel to drop a name, and unmount what is mounted on or below it; EXPIRE_ONLY: to ask for it again."""
         if gone is not None:  # inotify in the guest fires for a file that is deleted, not for a name that is dropped
-            self._send(m.notification(m.NOTIFY_DELETE, directory.id, gone.id, len(name), 0, tail=name + b"\0"))
-        else:
-            self._send(m.notification(m.NOTIFY_INVAL_ENTRY, directory.id, len(name), flags, tail=name + b"\0"))
+            return self._send(m.notification(m.NOTIFY_DELETE, directory.id, gone.id, len(name), 0, tail=name + b"\0"))
+        return self._send(m.notification(m.NOTIFY_INVAL_ENTRY, directory.id, len(name), flags, tail=name + b"\0"))
 
-    def _send(self, message: bytes) -> None:
-        if self.notify is not None:
-            self.notify(message)
+    def _send(self, message: bytes) -> bool:
+        """Whether it was sent, or there is nobody to send it to."""
+        return self.notify is None or self.notify(message)

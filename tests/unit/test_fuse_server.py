@@ -1410,3 +1410,44 @@ def test_notifications_that_were_dropped_are_made_up_for_as_they_are_taken(tmp_p
         notifications.close()
     finally:
         server.close()
+
+
+def test_what_was_dropped_is_made_up_for_in_a_clone_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel still believes what it was not told of, and the server has to know that it does."""
+    monkeypatch.setattr(session_module, "KEPT_MESSAGES", 16)
+    names = {f"file-{number}".encode() for number in range(40)}
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    for name in names:
+        assert not c.lookup(name).nodeid
+    session = server.sessions["test"]
+    watcher = session.volume.watcher
+    assert watcher is not None
+    for name in names:  # while there is no connection for notifications
+        (tmp_path / name.decode()).touch()
+        watcher.check_name(session.volume.table.root, name)
+    assert session._unnotified
+    state = server.save()
+    clone = Server(str(tmp_path), state=state)
+    for each, message in ((server, "the server"), (clone, "the clone")):
+        assert dropped_names(Client(each, number=channel.NOTIFY), names) == names, message
+    c.close()
+    for each in (server, clone):
+        each.close()
+
+
+def dropped_names(notifications: Client, wanted: set[bytes]) -> set[bytes]:
+    """What the kernel is told to ask for again, all of it taken, until that is what is wanted or nothing more comes."""
+    told: set[bytes] = set()
+    notifications.sock.settimeout(20)
+    with contextlib.suppress(ConnectionLost):
+        for count in itertools.count(1):
+            message = notifications.receive()
+            if m.OUT_HEADER.unpack_from(message)[1] == m.NOTIFY_INVAL_ENTRY:
+                told.add(message[m.OUT_HEADER.size + m.NOTIFY_INVAL_ENTRY_OUT.size :].rstrip(b"\0"))
+            if wanted <= told:
+                break
+            notifications.sock.sendall(m.IN_HEADER.pack(m.IN_HEADER.size, channel.ACK, count, 0, 0, 0, 0, 0, 0))
+    notifications.close()
+    return told

@@ -5,7 +5,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def test_events_are_counted_while_others_are_expected(watcher: Watcher) -> None:
 def test_a_file_is_looked_at_though_the_clock_was_set(watcher: Watcher, step: int) -> None:
     """It was written from the other side an hour from now, or ago."""
     sent: list[bytes] = []
-    watcher.notify = sent.append
+    watcher.notify = taking(sent)
     root = root_of(watcher)
     root.data_at = time.time_ns() + step * 10**9
     watcher._judge(event(watch.IN_ATTRIB))
@@ -117,7 +117,7 @@ def test_the_watcher_outlives_what_it_cannot_make_sense_of(watcher: Watcher, cap
         watcher._judge = judge  # type: ignore[method-assign]
         raise KeyError("nothing of the kind")
 
-    watcher.notify = lambda message: sent.set()
+    watcher.notify = lambda message: sent.set() is None
     watcher._judge = fail  # type: ignore[method-assign]
     root_of(watcher).watch = None
     watcher.add(root_of(watcher))
@@ -148,8 +148,18 @@ def known(watcher: Watcher, tmp_path: Path) -> list[bytes]:
     table = watcher.volume.table
     table.learn(table.root, b"there", os.stat(tmp_path / "there"))
     table.missing(table.root, b"missing")
-    watcher.notify = sent.append
+    watcher.notify = taking(sent)
     return sent
+
+
+def taking(sent: list[bytes], takes: bool = True) -> Callable[[bytes], bool]:
+    """What takes notifications, or says that it does not."""
+
+    def notify(message: bytes) -> bool:
+        sent.append(message)
+        return takes
+
+    return notify
 
 
 def test_what_makes_up_for_lost_notifications_drops_no_names(watcher: Watcher, known: list[bytes]) -> None:
@@ -179,3 +189,19 @@ def test_a_name_that_cannot_be_looked_at_is_not_dropped(
         watcher.check_name(root, b"there")
     assert entries(known) == [(b"there", m.EXPIRE_ONLY)]
     assert root.children[b"there"] is node
+
+
+def test_what_could_not_be_told_is_told_later(watcher: Watcher, known: list[bytes], tmp_path: Path) -> None:
+    root = root_of(watcher)
+    (tmp_path / "missing").touch()
+    for takes in (False, True):
+        watcher.notify = taking(known, takes)
+        known.clear()
+        watcher.check_name(root, b"missing")
+        watcher.check_file(root)
+        assert entries(known) == [(b"missing", 0)]
+        assert len(known) == 2
+        assert (b"missing" in root.children) == (not takes)
+    known.clear()
+    watcher.check_all()
+    assert not entries(known)
