@@ -152,7 +152,7 @@ def flush(volume: Volume, worker: Worker, number: int, _u: int, _p: int, owner: 
     handle = volume.handle(number)
     volume.records.release(worker.nodeid, owner)
     if owner in handle.owners and volume.records.owner(handle.node.id, owner) is None:  # else it waits for a lock
-        handle.owners.remove(owner)
+        handle.owners.discard(owner)  # another thread may have done so just now
         if volume.journal is not None:
             volume.journal.add(("disown", number, owner))
     if handle.written:  # a file system on a network says only now what went wrong

@@ -135,7 +135,8 @@ class Session:
         """Have the kernel believe nothing any more if notifications were dropped: as far as they are taken now, at each
         acknowledgement a part.
         """
-        if channel.number != NOTIFY or self.volume.watcher is None or not self._maker.acquire(blocking=False):
+        watcher = self.volume.watcher
+        if channel.number != NOTIFY or watcher is None or not self._maker.acquire(blocking=False):
             return
         try:
             while len(channel.unacked) < KEPT_MESSAGES // 4:
@@ -143,7 +144,9 @@ class Session:
                     if not self._unnotified:
                         return
                     self._unnotified = False
-                    self._making_up = self.volume.watcher.invalidate_all()
+                    self._making_up = watcher.invalidate_all()
+        except OSError:  # the mount has ended meanwhile
+            pass
         finally:
             self._maker.release()
 

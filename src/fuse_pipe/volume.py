@@ -107,9 +107,10 @@ class Volume:
     @property
     def table(self) -> NodeTable:
         """The nodes; EIO when the host's directory is gone."""
-        if self.nodes is None:
+        nodes = self.nodes
+        if nodes is None:
             raise OSError(errno.EIO, "the host directory is gone")
-        return self.nodes
+        return nodes
 
     # ---- open files
 

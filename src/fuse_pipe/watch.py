@@ -236,16 +236,18 @@ class Watcher:
 
     def _catch_up(self) -> None:
         """Events were lost, expected ones among them."""
-        self._expected.clear()
+        with self._lock:
+            self._expected.clear()
         self.check_all()
 
     def check_all(self) -> None:
         """Events were lost, or nobody looked for a while: compare everything."""
         for node in self.volume.table.nodes():
             changed = [self.check_name(node, name) for name in list(node.children)]
-            if node.parent is not None and node.fd is None:
+            parent = node.parent
+            if parent is not None and node.fd is None:
                 try:
-                    self.volume.table.fd(node.parent)
+                    self.volume.table.fd(parent)
                 except OSError:
                     continue
             self.check_file(node, force=any(changed))

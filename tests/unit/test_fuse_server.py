@@ -1451,3 +1451,41 @@ def dropped_names(notifications: Client, wanted: set[bytes]) -> set[bytes]:
             notifications.sock.sendall(m.IN_HEADER.pack(m.IN_HEADER.size, channel.ACK, count, 0, 0, 0, 0, 0, 0))
     notifications.close()
     return told
+
+
+def test_a_mount_that_ends_while_dropped_notifications_are_made_up_for(tmp_path: Path) -> None:
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    session = server.sessions["test"]
+    volume = session.volume
+    watcher, nodes = volume.watcher, volume.nodes
+
+    def until_it_ends() -> Iterator[None]:
+        volume.watcher = volume.nodes = None
+        yield from ()
+
+    session._unnotified = True
+    session._making_up = until_it_ends()
+    session.make_up(session.channel(channel.NOTIFY))
+    volume.watcher, volume.nodes = watcher, nodes
+    c.close()
+    server.close()
+
+
+def test_two_files_that_are_closed_at_once_by_one_owner_of_locks(tmp_path: Path) -> None:
+    class Taken(set[int]):
+        """Another thread removes what was just looked for."""
+
+        def __contains__(self, owner: object) -> bool:
+            self.discard(5)
+            return True
+
+    server = Server(str(tmp_path))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    server.sessions["test"].volume.handle(fh).owners = Taken({5})
+    c.call(m.FLUSH, node, fh=fh, lock_owner=5)
+    c.close()
+    server.close()

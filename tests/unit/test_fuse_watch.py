@@ -2,12 +2,13 @@
 
 import errno
 import os
+import stat
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -205,3 +206,38 @@ def test_what_could_not_be_told_is_told_later(watcher: Watcher, known: list[byte
     known.clear()
     watcher.check_all()
     assert not entries(known)
+
+
+def test_what_is_expected_is_counted_while_events_are_lost(watcher: Watcher) -> None:
+    others: list[threading.Thread] = []
+
+    class Overtaken(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            found = super().get(key, default)
+            others.append(threading.Thread(target=watcher._catch_up))
+            others[0].start()
+            others[0].join(1)  # longer than it takes, where nothing holds it up
+            return found
+
+    names = ((root_of(watcher), b"f"),)
+    watcher._expected = Overtaken({(NUMBER, b"f"): 2})
+    watcher.expect(names)
+    others[0].join()
+    assert not watcher._expected
+
+
+def test_a_file_whose_name_is_removed_as_it_is_looked_at(watcher: Watcher) -> None:
+    class Unnamed(Node):
+        parents: ClassVar[list[Node]] = [root_of(watcher)]
+
+        @property
+        def parent(self) -> Node | None:  # type: ignore[override]
+            return self.parents.pop() if self.parents else None
+
+        @parent.setter
+        def parent(self, parent: Node | None) -> None:
+            pass
+
+    watcher.volume.table.by_id[99] = Unnamed(99, stat.S_IFREG, 1, 1)
+    watcher.check_all()
+    assert not Unnamed.parents
