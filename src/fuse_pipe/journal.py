@@ -1,9 +1,9 @@
 """What a server would lose if it were killed, written down after each request and before its answer goes out.
 
 One file for each mount: ``marshal`` records, appended. A server that starts with the same directory of journals goes on
-where the killed one was: the nodes, open files and locks that the kernel knows, and the answers to requests that
-changed something, so that such a request that is sent again is not done again. Only a request that the kill itself
-interrupted, one of each thread, may be done twice.
+where the killed one was: the nodes, open files and locks that the kernel knows, the requests that take long and had no
+answer, and the answers to requests that changed something, so that such a request that is sent again is not done again.
+Only a request that the kill itself interrupted, one of each thread, may be done twice.
 
 The file is rewritten from a full state when it has grown to twice of that; it is read by the same version of Python that wrote it.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from fuse_pipe.messages import IN_HEADER
 from fuse_pipe.records import set_range
 
 REWRITE = 16 << 20  # bytes that a journal may have; more where twice the state has more
@@ -85,7 +86,7 @@ class Journal:
     def rewrite(self, make_state: Callable[[], dict[str, Any]]) -> None:
         """Begin anew from a full state and the last answers. ``make_state`` must not flush.
 
-        Only locks may be added meanwhile: whether the state has them or not, they are written behind it.
+        Only locks and the ends of requests may be added meanwhile: whether the state has them or not, they are written behind it.
 
         Raises:
             OSError: it cannot be written; the journal is what it was.
@@ -140,6 +141,7 @@ class Replay:
         self.locks: dict[tuple[int, int], list[Any]] = {}
         self.volume: dict[str, Any] = {"flags": 0, "minor": 0, "next_handle": 0}
         self.answers: OrderedDict[int, bytes] = OrderedDict()
+        self.waiting: dict[int, list[Any]] = {}  # unique -> channel and request, of what takes long
 
     def read(self, path: Path) -> None:
         """Take in a journal; one that ends in the middle of a record is taken up to there, and cut there."""
@@ -156,7 +158,7 @@ class Replay:
         return {
             "name": name,
             "channels": [],
-            "waiting": [],
+            "waiting": list(self.waiting.values()),
             "answers": [[unique, _text(answer)] for unique, answer in self.answers.items()],
             "volume": {
                 **self.volume,
@@ -174,6 +176,15 @@ class Replay:
         self.handles = {handle[0]: list(handle) for handle in volume["handles"]}
         self.locks = {(node, owner): [pid, [tuple(r) for r in held]] for node, owner, pid, held in volume["locks"]}
         self.volume = {key: volume[key] for key in ("flags", "minor", "next_handle")}
+        self.waiting = {
+            IN_HEADER.unpack_from(base64.b64decode(message))[2]: [number, message] for number, message in state["waiting"]
+        }
+
+    def _slow(self, unique: int, number: int, message: bytes) -> None:
+        self.waiting[unique] = [number, _text(message)]
+
+    def _done(self, unique: int) -> None:
+        self.waiting.pop(unique, None)
 
     def _init(self, flags: int, minor: int) -> None:
         self.volume.update(flags=flags, minor=minor)

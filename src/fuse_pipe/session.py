@@ -101,6 +101,7 @@ class Session:
         self.answers: dict[int, bytes] = {}  # unique -> answer, of requests that a killed server did
         self.ended = False
         self.slow: dict[int, tuple[int, bytes]] = {}  # unique -> channel and request, of what other threads do
+        self.again: set[int] = set()  # those of a server before this one: the relay may send them as well
         self.answering: set[int] = set()  # those that are done
         self.waiting: dict[int, Waiting] = {}
         self.interrupted: OrderedDict[int, None] = OrderedDict()  # requests that are not done, or not begun
@@ -166,14 +167,14 @@ class Session:
             if answer and not message[QUIET_AT]:
                 replies.append((answer,))
             return
-        if opcode in SLOW and not (opcode == m.SETLKW and self._lock_now(worker, message, unique, replies)):
-            self.defer(channel, unique, bytes(message))
+        if opcode in SLOW:
+            at_once = opcode == m.SETLKW and unique not in self.slow and self._lock_now(worker, message, unique, replies)
+            if not at_once:
+                self.defer(channel, unique, bytes(message))
             return
         if opcode == m.INTERRUPT:
             (wanted,) = self.volume.decoders[opcode](message[40:])
             self.interrupt(wanted)
-            return
-        if opcode == m.SETLKW:
             return
         reply = self.execute(worker, message)
         if opcode == m.SETLK and reply is not None:
@@ -294,13 +295,14 @@ class Session:
                 notify.send((reply,))
 
     def defer(self, channel: Channel, unique: int, message: bytes) -> None:
-        """Do a request in another thread."""
+        """Do a request in another thread. It counts as taken in, so that the journal has it until it is answered."""
         with self.lock:
             if unique in self.slow:  # no kernel asks twice
                 return
             crowded = len(self.slow) >= SLOW_MOST
             if not crowded:
                 self.slow[unique] = (channel.number, message)
+                self._note("slow", unique, channel.number, message)
         if not crowded:
             try:
                 threading.Thread(
@@ -310,7 +312,13 @@ class Session:
             except RuntimeError:  # this host has no room for a thread
                 with self.lock:
                     del self.slow[unique]
+                    self._note("done", unique)
         channel.send(((_OUT(_OUT_SIZE, -errno.ENOLCK, unique),),))
+
+    def _note(self, *record: Any) -> None:
+        journal = self.volume.journal
+        if journal is not None:
+            journal.add(record)
 
     def _run_slow(self, channel: Channel, unique: int, message: bytes) -> None:
         waits = _IN(message)[1] == m.SETLKW
@@ -331,6 +339,8 @@ class Session:
             self.idle.notify_all()
         if wanted and reply is not None:
             replies: list[Buffers] = []
+            if unique in self.again:
+                self.answers[unique] = b"".join(reply)
             with contextlib.suppress(ProtocolError):  # nothing is acknowledged: whoever reads the connection ends it
                 if waits:
                     self._lock_answer(memoryview(message), reply, replies)
@@ -338,7 +348,10 @@ class Session:
                     replies.append(reply)
                 channel.send(replies)
         with self.lock:  # only now: a state that is saved has the request or its answer
-            self.slow.pop(unique, None)
+            if unique in self.slow:  # else it goes on in the next server
+                self._note("done", unique)
+                del self.slow[unique]
+            self.again.discard(unique)
             self.answering.discard(unique)
             self.interrupted.pop(unique, None)
 

@@ -185,7 +185,12 @@ def restore(server: "Server", state: dict[str, Any]) -> None:
 
 
 def _wait_again(session: Session, channel: Channel, message: bytes) -> None:
-    session.defer(channel, m.IN_HEADER.unpack_from(message)[2], message)
+    unique = m.IN_HEADER.unpack_from(message)[2]
+    if unique in session.answers:  # done before the kill, but perhaps not answered
+        channel.send(((session.answers[unique],),))
+    else:
+        session.again.add(unique)
+        session.defer(channel, unique, message)
 
 
 def _restore_volume(volume: Volume, saved: dict[str, Any]) -> None:

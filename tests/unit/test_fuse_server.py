@@ -1489,3 +1489,112 @@ def test_two_files_that_are_closed_at_once_by_one_owner_of_locks(tmp_path: Path)
     c.call(m.FLUSH, node, fh=fh, lock_owner=5)
     c.close()
     server.close()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("sent_again", [False, True])
+def test_a_wait_for_a_lock_goes_on_after_a_kill(tmp_path: Path, anew: bool, sent_again: bool) -> None:
+    """The relay was told that the request had been taken in, and does not send it again; or it does, if it was not told."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    server = Server(str(root), journals=str(journals))
+    c, notifications = Client(server), Client(server, number=channel.NOTIFY)
+    c.init()
+    node, fh = c.create(b"f")
+    lock = {"fh": fh, "start": 0, "end": 9}
+    locked = c.send(m.SETLK, node, owner=1, type=fcntl.F_WRLCK, **lock)
+    assert lock_answer(notifications) == (0, locked)
+    waiting = c.send(m.SETLKW, node, owner=2, type=fcntl.F_WRLCK, **lock)
+    while not c.acks:
+        c.call(m.GETATTR)
+    assert c.acks[0] >= 4
+    session = server.sessions["test"]
+    wait_for(lambda: session.waiting, "the wait")
+    if anew:
+        rewrite_journal(session)
+    copy = shutil.copytree(journals, tmp_path / "killed")
+    for each in (c, notifications, server):
+        each.close()
+    wait_for(lambda: not session.waiting, "the end of the thread")
+
+    server = Server(str(root), journals=str(copy))
+    session = server.sessions["test"]
+    c, notifications = Client(server, base=100, received=99), Client(server, number=channel.NOTIFY)
+
+    def ask_again() -> None:
+        c.unique = waiting - 2
+        assert c.send(m.SETLKW, node, owner=2, type=fcntl.F_WRLCK, **lock) == waiting
+        c.unique = 1000
+        c.call(m.GETATTR)
+
+    if sent_again:
+        ask_again()
+    c.unique = 2000
+    c.send(m.SETLK, node, owner=1, type=fcntl.F_UNLCK, **lock)
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, c.unique)
+    assert lock_answer(notifications) == (0, waiting)
+    assert holders(server) == [2]
+    wait_for(lambda: not session.slow, "the end of the request")
+    c.call(m.SETLK, node, owner=2, type=fcntl.F_UNLCK, **lock)
+    if sent_again:  # it may come as late as this
+        c.unique = waiting - 2
+        c.send(m.SETLKW, node, owner=2, type=fcntl.F_WRLCK, **lock)
+        assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, waiting)
+    assert holders(server) == []
+    replay = Replay()
+    replay.read(copy / "test.journal")
+    assert not replay.waiting
+    for each in (c, notifications, server):
+        each.close()
+
+
+def holders(server: Server) -> list[int]:
+    """Owners of record locks."""
+    (session,) = server.save()["sessions"]
+    return [owner for _, owner, _, held in session["volume"]["locks"] if held]
+
+
+def lock_answer(notifications: Client) -> tuple[int, int]:
+    """Error and unique of the next answer that comes behind notifications."""
+    while True:
+        _, error, unique = m.OUT_HEADER.unpack_from(notifications.receive())
+        if unique:
+            return error, unique
+
+
+def test_what_took_long_and_was_not_answered_is_answered_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not done again."""
+    root, journals = tmp_path / "root", tmp_path / "journals"
+    root.mkdir()
+    reached, go = threading.Event(), threading.Event()
+    send = channel.Channel.send
+
+    def late(self: channel.Channel, messages: Sequence[channel.Buffers]) -> None:
+        if threading.current_thread().name == "fuse_pipe slow":
+            reached.set()
+            assert go.wait(60)
+        send(self, messages)
+
+    monkeypatch.setattr(channel.Channel, "send", late)
+    server = Server(str(root), journals=str(journals))
+    c = Client(server)
+    c.init()
+    node, fh = c.create(b"f")
+    fields = {"fh": fh, "offset": 0, "length": 10, "mode": 0}
+    unique = c.send(m.FALLOCATE, node, **fields)
+    assert reached.wait(60)
+    copy = shutil.copytree(journals, tmp_path / "killed")
+    go.set()
+    c.receive()
+    c.close()
+    server.close()
+    os.truncate(root / "f", 0)
+    server = Server(str(root), journals=str(copy))
+    c = Client(server, base=3, received=2)
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, unique)
+    c.unique = unique - 2
+    c.send(m.FALLOCATE, node, **fields)
+    assert m.OUT_HEADER.unpack_from(c.receive())[1:] == (0, unique)
+    assert (root / "f").stat().st_size == 0
+    c.close()
+    server.close()
