@@ -16,9 +16,9 @@ from fcvm.storage.layout import Layout
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "build/bench"
-BENCHES = ("start", "run", "clones", "guests", "network", "iperf", "volumes", "volumes_guest", "nested")
+BENCHES = ("start", "exec", "run", "clones", "guests", "network", "iperf", "volumes", "volumes_guest", "nested")
 WHERE_VMS_ARE = ("run", "guests", "iperf", "volumes_guest")
-REPORTED = ("start", "run", "clones", "guests", "iperf")
+REPORTED = ("start", "exec", "run", "clones", "guests", "iperf")
 
 
 def command(name: str, options: list[str]) -> list[str]:
@@ -63,7 +63,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     names = [word for word in sys.argv[1:] if not word.startswith("-")] or BENCHES
     options = [word for word in sys.argv[1:] if word.startswith("-")]
-    if set(names) & set(WHERE_VMS_ARE):
+    if set(names) & {*WHERE_VMS_ARE, "exec"}:
         prepare()
     for name in names:
         if not (ROOT / "bench" / f"{name}.py").exists():

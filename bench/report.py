@@ -32,7 +32,8 @@ CLONES: list[tuple[str, str, tuple[str, ...], float]] = [
     ("direct clone, to resumed (native)", "clones", ("direct clone, to resumed",), 1.3),
     ("50 clones together, all resumed (native)", "clones", ("50 clones together", "resumed"), 1.5),
     ("50 clones together, all answered (native)", "clones", ("50 clones together", "answered"), 1.5),
-    ("`fcvm exec`, beside an interpreter's start and `crun exec` (emulated)", "guests", ("exec",), 1.5),
+    ("`fcvm exec` typed on the host, beside an interpreter's start where the VM is and `crun exec` (emulated)", "exec", ("exec",), 1.5),
+    ("`fcvm exec` typed in the machine, beside an interpreter's start and `crun exec` (emulated)", "guests", ("exec",), 1.5),
     ("pooled clone, request to first exec (emulated)", "guests", ("pooled clone", "request to first exec"), 1.5),
     (
         '`fcvm snapshot run --exec "echo ready"`, whole process (emulated)',
