@@ -26,7 +26,7 @@ from fcvm.snapshots import create, page_faults, pool, recording, server, servers
 from fcvm.snapshots.memory import Faults, MemoryServer
 from fcvm.snapshots.page_faults import HOLE_WINDOW, PAGE, Memory, Region
 from fcvm.snapshots.served import Client, ClientOutput
-from fcvm.storage.layout import Layout
+from fcvm.storage.layout import Layout, is_held
 from fcvm.vm import state
 from fcvm.vm.output import LOG, Output
 
@@ -261,7 +261,7 @@ def test_registered_server_is_alone_and_found(tmp_path: Path) -> None:
     with servers.registered(layout, {"pid": os.getpid()}) as directory:
         assert directory.name == str(os.getpid())
         assert not stale.exists(), "what a killed server left is removed"
-        assert servers._alive(directory)
+        assert is_held(directory)
         assert servers.running(layout) == [], "it does not answer yet"
         with pytest.raises(NotFoundError):
             servers.call(layout, os.getpid(), {"op": "status"})

@@ -29,7 +29,7 @@ from fcvm import log
 from fcvm.errors import ConflictError, FcvmError, NotFoundError
 from fcvm.linux import sockets
 from fcvm.storage import records
-from fcvm.storage.layout import Layout, locked, remove
+from fcvm.storage.layout import Layout, is_held, locked, remove, wait_until_free
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def registered(layout: Layout, info: dict[str, Any]) -> Iterator[Path]:
 def _sweep(layout: Layout) -> None:
     """Remove the directories of servers that were killed."""
     for directory in _directories(layout):
-        if not _alive(directory):
+        if not is_held(directory):
             remove(directory)
 
 
@@ -84,7 +84,7 @@ def running(layout: Layout) -> list[dict[str, Any]]:
 
 def pids(layout: Layout) -> list[int]:
     """Of the servers that run."""
-    return [int(directory.name) for directory in _directories(layout) if _alive(directory)]
+    return [int(directory.name) for directory in _directories(layout) if is_held(directory)]
 
 
 def _silent(pid: int) -> str:
@@ -96,28 +96,13 @@ def _directories(layout: Layout) -> list[Path]:
     return [layout.base / "servers" / name for name in sorted(filter(str.isdecimal, names), key=int)]
 
 
-def _alive(directory: Path) -> bool:
-    """Whether the server of ``directory`` holds it."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-
-
 def find(layout: Layout, word: str) -> list[int]:
     """The pids of the servers that ``word`` names: by its pid, or all of a snapshot.
 
     Raises:
         NotFoundError: there is none.
     """
-    alive = [directory for directory in _directories(layout) if _alive(directory)]
+    alive = [directory for directory in _directories(layout) if is_held(directory)]
     found = [int(directory.name) for directory in alive if word == directory.name or word == _tag(directory)]
     if not found:
         raise NotFoundError(f"There is no clone server {word}.", hint="fcvm snapshot ls")
@@ -144,19 +129,12 @@ def stop(layout: Layout, pid: int) -> None:
             call(layout, pid, {"op": "stop"})
             break
         except (ConflictError, NotFoundError):  # it is ending already, or does not listen yet
-            if not _alive(directory):
+            if not is_held(directory):
                 return
             time.sleep(0.05)
         except TimeoutError:
             raise ConflictError(_silent(pid), hint="fcvm snapshot ls") from None
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)  # which it lets go of as the last thing
-    finally:
-        os.close(fd)
+    wait_until_free(directory)  # which it lets go of as the last thing
 
 
 def connect(layout: Layout, pid: int, request: dict[str, Any], fds: Sequence[int] = ()) -> socket.socket:
@@ -209,7 +187,7 @@ def lines(connection: socket.socket, data: bytes = b"") -> Iterator[dict[str, An
         if newline:
             data = rest
             try:
-                value = _object(line)
+                value = records.parse(line)
             except ValueError:
                 return
             yield value
@@ -227,17 +205,6 @@ def lines(connection: socket.socket, data: bytes = b"") -> Iterator[dict[str, An
         data += more
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line is; raises ValueError."""
-    try:
-        value = json.loads(line)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("it is no object")
-    return value
-
-
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int], bytes]:
     """The request that opens a connection, with its descriptors and what came after it; raises ValueError for anything else."""
     data, fds = b"", []
@@ -249,7 +216,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int], bytes
                 raise ValueError("no request came")
             data += more
         line, _, rest = data.partition(b"\n")
-        request = _object(line)
+        request = records.parse(line)
     except BaseException:
         for fd in fds:
             os.close(fd)

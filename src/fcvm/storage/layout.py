@@ -122,6 +122,33 @@ def locked(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[No
         os.close(fd)
 
 
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether somebody has an flock on a file or directory: asked of the kernel. What cannot be opened is held by nobody."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others who look now do not make it seem held
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def wait_until_free(path: str | os.PathLike[str]) -> None:
+    """Wait until nobody has an flock on a file or directory; one that is not there is free."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
 def remove(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None:
     """Remove a file or a whole directory; one that is not there is fine. Of a directory, ``ignore_errors`` leaves what must stay."""
     if os.path.isdir(path) and not os.path.islink(path):

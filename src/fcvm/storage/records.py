@@ -28,10 +28,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: it cannot be read. ValueError: it holds something else.
     """
     with open(path, encoding="utf-8") as file:
-        try:
-            values = json.load(file)
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+        return parse(file.read())
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is; raises ValueError."""
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("it is not an object")
     return values

@@ -20,7 +20,7 @@ from fc_agent.structs import Struct, asdict, field, fields, replace
 from fcvm import log
 from fcvm.errors import ConflictError, NotFoundError, UsageError
 from fcvm.storage import records as records_on_disk
-from fcvm.storage.layout import Layout, locked, remove
+from fcvm.storage.layout import Layout, is_held, locked, remove, wait_until_free
 from fcvm.vm.paths import POOL
 
 TYPE_CHECKING = False
@@ -182,29 +182,12 @@ def records(layout: Layout) -> Iterator[Record]:
 
 def is_alive(layout: Layout, vm_id: str) -> bool:
     """Whether its supervisor lives: asked of the kernel through the lock it holds."""
-    try:
-        fd = os.open(_path(layout, vm_id, "lock"), os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others who look now do not make it seem alive
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+    return is_held(_path(layout, vm_id, "lock"))
 
 
 def wait_for_end(layout: Layout, vm_id: str) -> None:
     """Wait until its supervisor has let go of the VM's name and of all else that it held, or has died."""
-    try:
-        fd = os.open(_path(layout, vm_id, "lock"), os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)  # which it lets go of as the last thing
-    finally:
-        os.close(fd)
+    wait_until_free(_path(layout, vm_id, "lock"))  # which it lets go of as the last thing
 
 
 def find(layout: Layout, *, name: str | None = None, pid: int | None = None, alive: bool = True) -> Record:
