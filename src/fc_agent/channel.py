@@ -12,14 +12,17 @@ source. Small frames (signals, sizes) are never held back, so they overtake data
 The class only moves bytes; it never waits. Sockets are non-blocking and whoever owns the channel polls them.
 """
 
-import json
 import struct
-from collections import deque
+
+from fc_agent.jsontext import dumps, loads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing is slow to import, and the client of `fcvm exec` counts milliseconds
     from _socket import socket
+    from collections import deque
     from typing import Any
+else:
+    from _collections import deque  # what `collections` has it from, which is slow as well
 
 # Frame types; the direction is in docs/architecture.md, "Sessions".
 ACK, STDIN, STDIN_EOF, RESIZE, SIGNAL, STDOUT, STDERR, STARTED, EXIT, HANGUP = range(10)
@@ -47,6 +50,7 @@ class Channel:
         self._acknowledged = sent  # frames that the peer has consumed: the number of the first one in _kept
         self._kept: deque[bytes] = deque()  # every frame that is not acknowledged
         self._unsent: deque[bytes] = deque()  # those of them that this connection has not seen yet
+        self._line = b""  # to be written first
         self._writing = memoryview(b"")  # what is left of the write that is under way
         self._held = 0  # bytes in _kept
         self._consumed = received
@@ -71,13 +75,14 @@ class Channel:
     @property
     def wants_write(self) -> bool:
         """Whether there is a connection and something to write to it."""
-        return self.socket is not None and bool(self._writing or self._unsent or (self._consumed != self._announced))
+        return self.socket is not None and bool(self._line or self._writing or self._unsent or (self._consumed != self._announced))
 
-    def attach(self, connection: "socket", *, peer_received: int, rest: bytes = b"") -> None:
+    def attach(self, connection: "socket", *, peer_received: int, rest: bytes = b"", line: bytes = b"") -> None:
         """Go on over ``connection``, whose peer has seen ``peer_received`` of our frames; an earlier one is dropped.
 
         Arguments:
             rest: bytes that were already read from it, behind the opening line.
+            line: our answer to that, to be written before anything else.
 
         Raises:
             ChannelError: the peer claims a number of frames that cannot be.
@@ -91,7 +96,8 @@ class Channel:
         self._unsent = deque(self._kept)
         for _ in range(skip):
             self._unsent.popleft()
-        self._announced = -1  # a window that the peer kept over the break opens again
+        self._announced = -1 if self._consumed else 0  # a window that the peer kept over the break opens again
+        self._line = line
         self._input += rest
 
     def detach(self) -> None:
@@ -135,12 +141,16 @@ class Channel:
             self._writing = self._writing[sent:]
 
     def _next(self) -> memoryview:
+        """What to write next, together: every write to a guest, and every one of its own, costs it an interrupt."""
+        batch: list[bytes] = []
+        if self._line:
+            batch.append(self._line)
+            self._line = b""
         if self._consumed != self._announced:
             self._announced = self._consumed
-            return memoryview(HEADER.pack(ACK, COUNT.size) + COUNT.pack(self._consumed))
-        batch: list[bytes] = []
-        size = 0
-        while self._unsent and (not batch or size + len(self._unsent[0]) <= CHUNK):
+            batch.append(HEADER.pack(ACK, COUNT.size) + COUNT.pack(self._consumed))
+        size = sum(map(len, batch))
+        while self._unsent and (not size or size + len(self._unsent[0]) <= CHUNK):
             batch.append(self._unsent.popleft())
             size += len(batch[-1])
         return memoryview(batch[0] if len(batch) == 1 else b"".join(batch))
@@ -208,9 +218,14 @@ def _broken(error: OSError) -> ConnectionError:
     return error if isinstance(error, ConnectionError) else ConnectionResetError(str(error))
 
 
+def line(message: "dict[str, Any]") -> bytes:
+    """An opening line, or the answer to one."""
+    return dumps(message).encode() + b"\n"
+
+
 def send_line(connection: "socket", message: "dict[str, Any]") -> None:
     """Write an opening line; ``connection`` is blocking, with a timeout."""
-    connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+    connection.sendall(line(message))
 
 
 def read_line(connection: "socket") -> "tuple[dict[str, Any], bytes]":
@@ -229,7 +244,7 @@ def read_line(connection: "socket") -> "tuple[dict[str, Any], bytes]":
             raise ConnectionResetError("the peer closed the connection")
         data += more
     try:
-        message = json.loads(data[:end])
+        message = loads(data[:end])
     except (ValueError, RecursionError) as error:
         raise ChannelError(f"the opening line is not JSON: {error}") from error
     if not isinstance(message, dict):

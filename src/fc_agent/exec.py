@@ -17,6 +17,7 @@ from typing import Any
 from fc_agent import freezer, linux
 from fc_agent.container import Container
 from fc_agent.failures import explain
+from fc_agent.jsontext import dumps
 from fc_agent.process import TO_GROUP, LocalProcess, exit_code, kill_session, set_size
 from fc_agent.session import LaunchError, Request
 
@@ -60,11 +61,9 @@ class ContainerProcess(LocalProcess):
             if pieces is not None and not pieces:
                 return pieces
             held.extend(pieces or [])
-            while not self._ended.poll(1) and self._inner() is None:
+            while not (begun := self._inner() is not None) and not self._ended.poll(1):
                 pass
-            self._runs = self._inner() is not None
-            if not self._runs and self.popen.wait() != CRUN_FAILED:
-                self._runs = True
+            self._runs = begun or self._inner() is not None or self.popen.wait() != CRUN_FAILED
             if not self._runs or not held:
                 return None if pieces is None else []
             shown, held[:] = list(held), []
@@ -131,7 +130,7 @@ def _start(container: Container, request: Request) -> ContainerProcess:
     base = f"{DIRECTORY}/{os.urandom(8).hex()}"
     try:
         with open(f"{base}.json", "w") as file:
-            json.dump(process(container, request), file)
+            file.write(dumps(process(container, request)))
         return _execute(container, base, request)
     except BaseException:
         _remove(base)

@@ -19,6 +19,7 @@ import sys
 import termios
 import threading
 import time
+from _thread import start_new_thread
 from collections import deque
 from typing import Any
 
@@ -169,8 +170,7 @@ class Session:
             if received is None:
                 received = answer["from"] = self._channel.acknowledged
             try:
-                wire.send_line(connection, answer)
-                self._channel.attach(connection, peer_received=received, rest=rest)
+                self._channel.attach(connection, peer_received=received, rest=rest, line=wire.line(answer))
                 self._alone_since = None
             except (OSError, ChannelError):
                 connection.close()
@@ -302,7 +302,7 @@ class Server:
                 select.select([], [], [], 0.1)  # descriptors or memory: clients that end give some back
                 continue
             try:
-                threading.Thread(target=self._greet, args=(connection,), daemon=True, name="session").start()
+                start_new_thread(self._greet, (connection,))  # half of what threading's take, and `exec` counts milliseconds
             except RuntimeError:  # there are too many for this system's memory; this client may try again
                 connection.close()
 

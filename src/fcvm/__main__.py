@@ -1,7 +1,5 @@
 """``python -m fcvm``."""
 
-import sys
+from fcvm.cli.main import entry
 
-from fcvm.cli.main import main
-
-sys.exit(main())
+entry()

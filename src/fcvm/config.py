@@ -8,8 +8,6 @@ empty variable counts as not set), the user's file (``~/.config/fcvm/config.toml
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
 
 from fc_agent.structs import Struct
 from fcvm import log
@@ -17,7 +15,11 @@ from fcvm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any
+
+UNITS = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}  # MiB
+DIGITS = 15  # at most, of a number
 
 
 class Setting(Struct):
@@ -35,11 +37,13 @@ def size(text: str) -> int:
     Raises:
         ValueError: it is not a positive size of at least 1 MiB.
     """
-    units = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
-    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*(?:([kmgt])(?:i?b)?)?\s*", text.lower(), re.ASCII)
-    if not found:
+    word = text.strip().lower()
+    number = word.rstrip("kmgtib")
+    unit, bytes_ = word[len(number) : len(number) + 1], word[len(number) + 1 :]
+    whole, point, rest = number.rstrip().partition(".")
+    if not _is_digits(whole) or (point and not (rest.isascii() and rest.isdigit())) or unit not in UNITS or bytes_ not in ("", "b", "ib"):
         raise ValueError(f"{text!r} is not a size like 512m or 2g")
-    mib = int(float(found[1]) * units[found[2] or ""])
+    mib = int(float(number) * UNITS[unit])
     if mib < 1:
         raise ValueError(f"{text!r} is less than 1m")
     return mib
@@ -49,11 +53,15 @@ def count(least: int) -> Callable[[str], int]:
     """A parser of whole numbers from ``least`` on."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\s*-?[0-9]{1,15}\s*", text, re.ASCII) or int(text) < least:
+        if not _is_digits(text.strip().removeprefix("-")) or int(text) < least:
             raise ValueError(f"{text!r} is not a whole number from {least} on")
         return int(text)
 
     return parse
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= DIGITS
 
 
 def one_of(*words: str) -> Callable[[str], str]:

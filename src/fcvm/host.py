@@ -1,4 +1,4 @@
-"""What this host can do: KVM, emulation, the speed of its clock. Cheap enough to ask at every command.
+"""What this host can do: KVM, emulation. Cheap enough to ask at every command.
 
 A ``/dev/kvm`` that opens is not enough. Some hosts are virtual machines with a *software* KVM (PVM): it works without
 ``vmx`` or ``svm``, but can only run kernels made for it. So on x86-64 the CPU must have the extension as well.
@@ -6,12 +6,7 @@ A ``/dev/kvm`` that opens is not enough. Some hosts are virtual machines with a 
 
 import errno
 import fcntl
-import functools
 import os
-import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from fc_agent.structs import Struct
 from fcvm.config import Config
@@ -37,10 +32,15 @@ class Kvm(Struct):
     forbidden: bool = False
 
 
-@functools.cache
 def kvm() -> Kvm:
     """The state of KVM for this user on this host, looked at once."""
-    return examine_kvm(cpu_flags(), KVM_DEVICE, loaded_modules())
+    global _kvm
+    if _kvm is None:
+        _kvm = examine_kvm(cpu_flags(), KVM_DEVICE, loaded_modules())
+    return _kvm
+
+
+_kvm: Kvm | None = None
 
 
 def examine_kvm(flags: frozenset[str], device: str | os.PathLike[str], modules: frozenset[str], machine: str | None = None) -> Kvm:
@@ -92,7 +92,7 @@ def nesting(parameters: str | os.PathLike[str] = "/sys/module", machine: str | N
         machine, cmdline: architecture and kernel command line of the host; None for this one's.
     """
     if (machine or os.uname().machine) == "aarch64":
-        told = _read("/proc/cmdline") if cmdline is None else cmdline
+        told = read("/proc/cmdline") if cmdline is None else cmdline
         if "kvm-arm.mode=nested" in told.split():
             return Kvm(True, "Nested virtualization is on (kvm-arm.mode=nested).")
         return Kvm(
@@ -101,7 +101,7 @@ def nesting(parameters: str | os.PathLike[str] = "/sys/module", machine: str | N
             "boot with kvm-arm.mode=nested (FEAT_NV2, Linux 6.18 or later)",
         )
     for module in ("kvm_intel", "kvm_amd"):
-        value = _read(os.path.join(parameters, module, "parameters/nested")).strip()
+        value = read(os.path.join(parameters, module, "parameters/nested")).strip()
         if value in ("Y", "1"):
             return Kvm(True, f"Nested virtualization is on ({module}).")
         if value:
@@ -147,23 +147,33 @@ def user_name() -> str:
 
 def cpu_flags(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> frozenset[str]:
     """The CPU's feature flags, as the kernel names them (``Features`` on arm64)."""
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(cpuinfo), re.MULTILINE)
-    return frozenset(match[1].split()) if match else frozenset()
+    for line in read(cpuinfo).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
 
 
 def loaded_modules(path: str | os.PathLike[str] = "/proc/modules") -> frozenset[str]:
     """The names of the kernel's loaded modules."""
-    return frozenset(line.split()[0] for line in _read(path).splitlines() if line)
+    return frozenset(line.split()[0] for line in read(path).splitlines() if line)
 
 
-@functools.cache
 def emulated() -> bool:
     """Whether this CPU is emulated in software: we are in the machine, or in a guest below it.
 
     Told by the kernel command line (fcvm passes ``tsc_early_khz`` to all kernels that boot under emulation), or by the
     hypervisor's CPUID signature, which is that of QEMU's emulator.
     """
-    return "tsc_early_khz=" in _read("/proc/cmdline") or hypervisor() == "TCGTCGTCGTCG"
+    global _emulated
+    if _emulated is None:
+        from fcvm.tsc import hypervisor
+
+        _emulated = "tsc_early_khz=" in read("/proc/cmdline") or hypervisor() == "TCGTCGTCGTCG"
+    return _emulated
+
+
+_emulated: bool | None = None
 
 
 def deep() -> bool:
@@ -171,7 +181,7 @@ def deep() -> bool:
 
     One costs a millisecond on an idle host, so what saves exits is worth much here: see ``fcvm.vm.start.hardware``.
     """
-    return emulated() and "fcvm.role=vm" in _read("/proc/cmdline").split()
+    return emulated() and "fcvm.role=vm" in read("/proc/cmdline").split()
 
 
 def patience(seconds: float) -> float:
@@ -179,75 +189,8 @@ def patience(seconds: float) -> float:
     return seconds * 6 if deep() else seconds
 
 
-def hypervisor() -> str:
-    """The hypervisor's CPUID signature, such as ``"KVMKVMKVM"``; empty on bare metal and other CPUs than x86-64."""
-    if "hypervisor" not in cpu_flags() or os.uname().machine != "x86_64":
-        return ""
-    # push rbx; mov eax, 0x40000000; cpuid; mov [rdi], ebx; mov [rdi+4], ecx; mov [rdi+8], edx; pop rbx; ret
-    with _machine_code(bytes.fromhex("53 b8 00000040 0fa2 891f 894f04 895708 5b c3"), 12) as signature:
-        return signature().rstrip(b"\0").decode(errors="replace")
-
-
-def tsc_khz() -> int:
-    """The frequency of this CPU's time-stamp counter in kHz, for ``tsc_early_khz`` of an emulated guest's kernel.
-
-    Taken from our own command line, where the host above has put it; from the kernel, where the CPU's clock does not
-    change; or measured against the system clock.
-    """
-    told = re.search(r"\btsc_early_khz=(\d+)", _read("/proc/cmdline"))
-    if told:
-        return int(told[1])
-    constant = "constant_tsc" in cpu_flags() and not os.path.exists("/sys/devices/system/cpu/cpu0/cpufreq")
-    known = re.search(r"^cpu MHz\s*:\s*(\d+)\.(\d{3})", _read("/proc/cpuinfo"), re.MULTILINE)
-    if constant and known:
-        return int(known[1] + known[2])
-    return measure_tsc_khz()
-
-
-def measure_tsc_khz(seconds: float = 0.1) -> int:
-    """The frequency of the time-stamp counter in kHz, counted for this long."""
-    # rdtsc; mov [rdi], eax; mov [rdi+4], edx; ret
-    with _machine_code(bytes.fromhex("0f31 8907 895704 c3"), 8) as read_tsc:
-
-        def sample() -> tuple[int, int]:
-            """Clock (ns) and ticks; of several pairs the one taken closest together, as we may be interrupted."""
-            samples = []
-            for _ in range(8):
-                before = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-                ticks = int.from_bytes(read_tsc(), "little")
-                after = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-                samples.append((after - before, (before + after) // 2, ticks))
-            return min(samples)[1:]
-
-        begin, begin_ticks = sample()
-        time.sleep(seconds)
-        end, end_ticks = sample()
-    return round((end_ticks - begin_ticks) * 1_000_000 / (end - begin))
-
-
-@contextmanager
-def _machine_code(code: bytes, size: int) -> Iterator[Callable[[], bytes]]:
-    """Make a function of x86-64 machine code that fills the ``size`` bytes to which its first argument (rdi) points."""
-    import ctypes
-    import mmap
-
-    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
-        page.write(code)
-        anchor = ctypes.c_char.from_buffer(page)
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ctypes.addressof(anchor))
-        result = ctypes.create_string_buffer(size)
-
-        def call() -> bytes:
-            function(ctypes.addressof(result))
-            return result.raw
-
-        try:
-            yield call
-        finally:
-            del anchor  # the page cannot be closed while something points into it
-
-
-def _read(path: str | os.PathLike[str]) -> str:
+def read(path: str | os.PathLike[str]) -> str:
+    """A file that the kernel makes; empty if it is not there."""
     try:
         with open(path, errors="replace") as file:
             return file.read()

@@ -5,7 +5,6 @@ Not the ``logging`` module: importing it costs as much as a whole ``fcvm ls`` ma
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 
@@ -31,8 +30,10 @@ def _say(level: Level, message: str) -> None:
     if LEVELS.index(level) < _threshold:
         return
     stamp = f" {time.monotonic() - _start:8.3f}" if _threshold == 0 else ""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, a full disk: no reason to end a VM
+    try:
         print(f"fcvm: {level}{stamp}: {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody reads it any more, a full disk: no reason to end a VM
+        pass
 
 
 def debug(message: str) -> None:

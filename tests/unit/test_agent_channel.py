@@ -83,6 +83,19 @@ def test_bytes_read_with_the_opening_line_are_not_lost() -> None:
     close(left, right)
 
 
+def test_the_answer_to_a_line_and_what_follows_it_are_one_write() -> None:
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
+    end = Channel()
+    end.send(wire.STARTED, b"{}")
+    end.send(wire.STDOUT, b"hello")
+    end.attach(a, peer_received=0, line=wire.line({"session": "1"}))
+    end.flush()
+    written = b.recv(65536)
+    assert written == b'{"session":"1"}\n' + wire.HEADER.pack(wire.STARTED, 2) + b"{}" + wire.HEADER.pack(wire.STDOUT, 5) + b"hello"
+    b.close()
+    end.detach()
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -15,7 +15,7 @@ from test_snapshots_store import fill, make
 from fcvm import config
 from fcvm.cli import snapshots
 from fcvm.cli.context import Context
-from fcvm.cli.main import build
+from fcvm.cli.parser import build
 from fcvm.errors import ConflictError, NotFoundError, SnapshotError
 from fcvm.process import run
 from fcvm.snapshots import archive, store

@@ -18,6 +18,7 @@ HEAVY = {
     "asyncio", "ctypes", "dataclasses", "hashlib", "inspect", "locale", "logging", "pathlib", "random", "rich", "shutil", "subprocess", "tempfile",
     "threading", "tomllib", "traceback", "typing",
 }  # fmt: skip
+NOT_FOR_EXEC = {"argparse", "collections", "contextlib", "enum", "functools", "json", "re", "signal", "socket", "textwrap", "types", "fcvm.linux"}
 NO_CONNECTION = {"fc_agent.channel", "fcvm.agent", "select", "signal", "socket"}
 
 PROBE = """
@@ -58,7 +59,7 @@ def imported(env: dict[str, str], *words: str) -> set[str]:
     [
         (["--help"], NO_CONNECTION | {"contextlib", "fcvm.config", "json"}),
         (["ls"], NO_CONNECTION | {"textwrap"}),
-        (["exec", "vm", "--", "true"], {"fcvm.linux", "socket", "textwrap"}),
+        (["exec", "vm", "--", "true"], NOT_FOR_EXEC),
         (["snapshot", "run", "--pid", str(os.getpid()), "--exec", "true"], {"textwrap"}),
     ],
 )

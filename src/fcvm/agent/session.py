@@ -5,69 +5,41 @@ the container's own output, and by the forwarder to the machine. `fcvm exec` cou
 little.
 """
 
-import contextlib
-import json
+from __future__ import annotations
+
 import os
 import select
-import signal
 import time
 from _thread import get_ident  # threading is slow to import
-from collections import deque
-from collections.abc import Callable, Sequence
 
 from fc_agent import channel as wire
 from fc_agent.channel import Channel, ChannelError
+from fc_agent.jsontext import loads
+from fcvm.agent import opening
+from fcvm.agent.opening import Request
 from fcvm.agent.vsock import Resets
 from fcvm.errors import AgentError
-from fcvm.signals import handled
+from fcvm.signals import FORWARDED, handled
+
+__all__ = ["FORWARDED", "Client", "Exit", "Request", "Resume", "stream", "to_descriptors"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from _socket import socket
+    from collections import deque
+    from collections.abc import Callable, Sequence
+
+    Connect = Callable[[], socket]
+    Output = Callable[[str, bytes], None]
+else:
+    import _signal as signal
+    from _collections import deque  # what `collections` has it from
 
 OPENING_TIME = 30.0  # seconds that the server may take to find a session
-LAUNCH_TIME = 600.0  # seconds that it may take to start a process: a hundred at once, in an emulated guest, take minutes
 FAREWELL_TIME = 1.0  # seconds to tell the server that we give up
 PATIENCE = 30.0  # seconds to look for a server that we had a connection to
-SHORT = 0.05  # seconds of silence in which most sessions end; only longer ones need to look for resets
-
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-Connect = Callable[[], "socket"]
-Output = Callable[[str, bytes], None]
-
-
-class Request:
-    """Start a process; see ``fc_agent.session.Request`` for the meaning of each field."""
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        *,
-        target: str = "container",
-        env: dict[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        tty: bool = False,
-        stdin: bool = False,
-        rows: int = 24,
-        columns: int = 80,
-        grace: float | None = None,
-        privileged: bool = False,
-        pipes: Sequence[str] = (),
-    ) -> None:
-        self.argv = list(argv)
-        self.target = target
-        self.env = dict(env or {})
-        self.cwd = cwd
-        self.user = user
-        self.tty = tty
-        self.stdin = stdin
-        self.rows = rows
-        self.columns = columns
-        self.grace = grace
-        self.privileged = privileged
-        self.pipes = list(pipes)
+SHORT = 0.25  # seconds of silence in which most sessions end; only longer ones need to look for resets
 
 
 class Resume:
@@ -113,8 +85,10 @@ class Client:
         on_started: Callable[[int], None] | None = None,
         give_up: Callable[[BaseException, float], bool] = give_up,
         resets: Resets | None = None,
+        opened: socket | None = None,
     ) -> None:
         self._resets = resets
+        self._opened = opened
         self._connect = connect
         self._request = request
         self._stdin = stdin
@@ -146,8 +120,10 @@ class Client:
             self._printing = False
             self._before_printing()
         else:
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 os.eventfd_write(self._wake, 1)
+            except (OSError, ValueError):
+                pass
 
     def _before_printing(self) -> None:
         """Send what is queued; whatever comes afterwards finds ``_printing`` set and is sent by its handler.
@@ -160,10 +136,10 @@ class Client:
                 return
             self._printing = False
             self._send_queue()
-            with contextlib.suppress(
-                ConnectionError
-            ):  # there are frames to deal with first; the next flush says it again
+            try:
                 self._channel.flush()
+            except ConnectionError:  # there are frames to deal with first; the next flush says it again
+                pass
 
     def _send_queue(self) -> None:
         while self._queue:
@@ -205,19 +181,15 @@ class Client:
 
     def _open(self) -> Exit | None:
         if isinstance(self._request, Request):
-            message: dict[str, object] = {"open": vars(self._request)}
-            limit = LAUNCH_TIME
+            connection, answer, rest = self._launch(self._request)
         else:
-            message = {"resume": self._request.session, "received": None}
-            limit = OPENING_TIME
-        connection = self._connect()
-        try:
-            answer, rest = self._ask(connection, message, limit)
-        except OSError as error:
-            connection.close()
-            if isinstance(self._request, Request):  # whose process may run by now
-                raise AgentError(f"The agent did not answer: {error}.") from error
-            connection, answer, rest = self._ask_again(message, error)
+            message: dict[str, object] = {"resume": self._request.session, "received": None}
+            connection = self._connect()
+            try:
+                answer, rest = self._ask(connection, message)
+            except OSError as error:
+                connection.close()
+                connection, answer, rest = self._ask_again(message, error)
         if "error" in answer:
             connection.close()
             error_ = answer["error"] if isinstance(answer["error"], dict) else {}
@@ -231,10 +203,19 @@ class Client:
             self._request.on_resumed(_count(answer, "from"))
         return None
 
-    def _ask(
-        self, connection: "socket", message: dict[str, object], timeout: float = OPENING_TIME
-    ) -> tuple[dict[str, object], bytes]:
-        connection.settimeout(timeout)
+    def _launch(self, request: Request) -> tuple[socket, dict[str, object], bytes]:
+        """Ask for a process, unless that was done, and read the answer."""
+        connection = self._opened or self._connect()
+        if self._opened is None:
+            opening.send(connection, request)
+        try:
+            return connection, *wire.read_line(connection)
+        except OSError as error:
+            connection.close()
+            raise opening.no_answer(error) from error
+
+    def _ask(self, connection: socket, message: dict[str, object]) -> tuple[dict[str, object], bytes]:
+        connection.settimeout(OPENING_TIME)
         wire.send_line(connection, message)
         return wire.read_line(connection)
 
@@ -247,7 +228,7 @@ class Client:
             raise AgentError("The session is gone: the connection was lost for too long, or the agent restarted.")
         self._channel.attach(connection, peer_received=_count(answer, "received"), rest=rest)
 
-    def _ask_again(self, message: dict[str, object], error: BaseException) -> tuple["socket", dict[str, object], bytes]:
+    def _ask_again(self, message: dict[str, object], error: BaseException) -> tuple[socket, dict[str, object], bytes]:
         """Ask over new connections until there is an answer, as the one before has broken by ``error``."""
         since = time.monotonic()
         pause = 0.005
@@ -285,10 +266,13 @@ class Client:
         frames = self._channel.receive()
         for number, (kind, payload) in enumerate(frames, self._channel.received - len(frames) + 1):
             ended = self._on_frame(kind, payload)
-            self._channel.consume(number)
+            if kind != wire.STARTED or isinstance(self._request, Resume):
+                self._channel.consume(number)  # ours is with what follows: none waits for it, and it would interrupt the guest at the start
             if ended is not None:
-                with contextlib.suppress(ConnectionError):
+                try:
                     self._channel.flush()
+                except ConnectionError:
+                    pass
                 return ended
         return None
 
@@ -342,7 +326,7 @@ class Client:
         """Tell the server that nobody waits for this process any more, if it can be told quickly."""
         if self._channel.socket is None:
             return
-        with contextlib.suppress(OSError):
+        try:
             self._channel.send(wire.HANGUP)
             end = time.monotonic() + FAREWELL_TIME
             while self._channel.wants_write and (left := end - time.monotonic()) > 0:
@@ -350,11 +334,13 @@ class Client:
                 poll.register(self._channel.socket, select.POLLOUT)
                 poll.poll(left * 1000)
                 self._channel.flush()
+        except OSError:
+            pass
 
 
 def _object(payload: bytes) -> dict[str, object]:
     try:
-        value = json.loads(payload)
+        value = loads(payload)
     except (ValueError, RecursionError) as error:
         raise ChannelError(f"a frame is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -374,12 +360,14 @@ def stream(
     request: Request | Resume,
     *,
     stdin: int | None,
-    on_output: Output,
+    on_output: Output | None = None,
     terminal: int | None = None,
     signals: Sequence[int] = (),
     on_started: Callable[[int], None] | None = None,
     give_up: Callable[[BaseException, float], bool] = give_up,
     resets: Resets | None = None,
+    opened: socket | None = None,
+    mask: set[int] | None = None,
 ) -> Exit:
     """Run a session to its end and return how the process ended.
 
@@ -387,12 +375,15 @@ def stream(
         connect: opens a stream socket to the server; called again whenever the connection breaks.
         stdin: a descriptor to read until its end, or None. Its bytes reach the process unchanged.
         on_output: called with ``"stdout"`` or ``"stderr"`` and bytes, in order; while it blocks, the process is slowed.
+            By default it writes to our own stdout and stderr.
         terminal: the user's terminal, if the process has one: its size is followed, and if it is ``stdin`` too it is raw
             while the session runs, so that Ctrl-C is a key like others; else Ctrl-C is a signal to us.
         signals: signals to send on instead of suffering them (main thread only), for example ``FORWARDED``.
         on_started: called with the process's id once it runs.
         give_up: asked with the error and the seconds since the break after each failed attempt to reconnect.
         resets: tells of connections that break without our hearing of it.
+        opened: a connection over which ``request`` was sent already (opening.py), without a ``terminal``.
+        mask: of signals, to be set as soon as ``signals`` are sent on.
 
     Raises:
         AgentError: the server is gone, or does not speak the protocol.
@@ -401,20 +392,27 @@ def stream(
     if terminal is not None:
         from fcvm.agent import terminal as tty
 
-        if isinstance(request, Request):
+        if isinstance(request, Request):  # which then is not under way yet
             request.rows, request.columns = tty.size(terminal)
+    on_output = on_output or to_descriptors(1, 2)
     client = Client(
-        connect, request, stdin=stdin, on_output=on_output, on_started=on_started, give_up=give_up, resets=resets
+        connect, request, stdin=stdin, on_output=on_output, on_started=on_started, give_up=give_up, resets=resets, opened=opened
     )
-    with contextlib.ExitStack() as stack:
+    if terminal is not None and isinstance(request, Resume):
+        client.resize(*tty.size(terminal))
+
+    def resize(*_: object) -> None:
         if terminal is not None:
-            if isinstance(request, Resume):
-                client.resize(*tty.size(terminal))
-            stack.enter_context(handled((signal.SIGWINCH,), lambda *_: client.resize(*tty.size(terminal))))
-        stack.enter_context(handled(signals, lambda number, _: client.signal(number)))
-        if terminal is not None and terminal == stdin:
-            stack.enter_context(tty.raw(terminal))
-        return client.run()
+            client.resize(*tty.size(terminal))
+
+    resized = () if terminal is None else (signal.SIGWINCH,)
+    with handled(resized, resize), handled(signals, lambda number, _: client.signal(number)):
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if terminal is None or terminal != stdin:
+            return client.run()
+        with tty.raw(terminal):
+            return client.run()
 
 
 def to_descriptors(stdout: int, stderr: int) -> Output:

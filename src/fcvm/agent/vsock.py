@@ -9,7 +9,6 @@ sends something. So whoever takes a snapshot says so, by touching the socket (``
 """
 
 import _socket  # what `socket` is made of, without its enums of all constants: 4 of the 32 ms that `fcvm exec` took beyond a bare Python
-import contextlib
 import os
 import time
 
@@ -73,8 +72,10 @@ def _connect(uds: str | os.PathLike[str], port: int, end: float) -> _socket.sock
 
 def announce_reset(uds: str | os.PathLike[str]) -> None:
     """Say that all connections to the guest whose vsock device is ``uds`` were reset; a device that has gone does not matter."""
-    with contextlib.suppress(OSError):
+    try:
         os.utime(uds)
+    except OSError:
+        pass
 
 
 class Resets:
@@ -94,9 +95,11 @@ class Resets:
         """Have ``fd`` from now on; where there can be none, resets are only seen when they are asked for."""
         from fcvm.linux import inotify
 
-        with contextlib.suppress(OSError):
+        try:
             self._watch = inotify.Watch(self._uds, inotify.IN_ATTRIB)
             self.fd = self._watch.fd
+        except OSError:
+            pass
 
     def happened(self) -> bool:
         """Whether they were."""

@@ -28,7 +28,7 @@ def complete() -> None:
     """Answer the shell that asks (``_ARGCOMPLETE`` is set) and exit."""
     import argcomplete
 
-    from fcvm.cli.main import build
+    from fcvm.cli.parser import build
 
     argcomplete.autocomplete(build(all_commands=True))
 

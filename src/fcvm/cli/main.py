@@ -2,25 +2,21 @@
 
 A command module is imported only when it is the one asked for, and only its parser is made, so ``fcvm --help`` costs argparse
 and this file, and a command no more than it needs (docs/architecture.md, "What a start costs").
-Every module has ``configure(parser)``, ``run(args, context)``, ``WHERE`` and perhaps ``prepare(args, context)``;
+Every module has ``configure(parser)``, ``run(args, context)``, ``WHERE`` and perhaps more;
 docs/architecture.md, "Commands: prepare, then run", says what each does.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
 
-from fcvm import __version__
-from fcvm.errors import FcvmError, UsageError, of_system
+from fcvm.errors import FcvmError, of_system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
     from typing import Any, NoReturn
 
 # name -> (module under fcvm.cli, what it does, in one line)
@@ -40,92 +36,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "completions": ("completions", "print shell completions"),
 }
 
+WAITING = ("atexit", "threading")  # modules by which something may have asked to be called at the end, or waited for
+
 # These may stand anywhere before the command's own words; they override settings of the same name.
 GLOBAL_OPTIONS = {"--base-dir": "data directory (FCVM_BASE_DIR)", "--log": "debug, info, warning or error (FCVM_LOG)"}
-
-TRUE, FALSE = ("1", "t", "true"), ("0", "f", "false")  # as Podman reads them, in any case
-
-vars(argparse)["_"] = lambda text: text  # there are no translations of us, and to look for those of argparse would import locale
-
-
-class Formatter(argparse.HelpFormatter):
-    """argparse's, told the terminal's width: every argument makes one, and each would import shutil to ask."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, width=columns() - 2, **options)
-
-
-def columns() -> int:
-    """The width of the terminal that is our stdout: what COLUMNS says, or the kernel; 80 for anything else."""
-    try:
-        return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 80
-    except (OSError, ValueError):
-        return 80
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are ours: one sentence, a hint, exit code 125 as Podman's."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message[:1].upper() + message[1:] + ".", hint=f"{self.prog} --help")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but unknown words are an error of the command that they were given to, whose help is the hint."""
-        known, unknown = super().parse_known_args(self._plain(sys.argv[1:] if args is None else args), namespace)
-        if unknown:
-            self.error(f"there is no option {unknown[0]}" if unknown[0].startswith("-") else f"unexpected: {unknown[0]!r}")
-        return known, unknown
-
-    def _plain(self, args: Sequence[str]) -> list[str]:
-        """What Podman takes as well, as argparse wants it: flags with a value (`--rm=false`), values with a dash (`--cmd -v`).
-
-        Short options in one word (`-itv a:b`) are taken apart for that: behind flags one may take the rest, or the next word.
-        Only up to the first word that is no option: behind it a container's command may stand.
-        """
-        words, plain = list(args), list[str]()
-        while words and words[0].startswith("-") and words[0] not in ("-", "--"):
-            word = words.pop(0)
-            short = self._option_string_actions.get(word[:2])
-            if short is not None and word[2:] and word[2] != "=":
-                words[:0] = [word[:2], f"-{word[2:]}" if short.nargs == 0 else word[2:]]
-                continue
-            option, given, value = word.partition("=")
-            action = self._option_string_actions.get(option)
-            if given and isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
-                if value.lower() not in TRUE + FALSE:
-                    self.error(f"{option} is true or false, not {value!r}")
-                on = (value.lower() in TRUE) != option.startswith("--no-")
-                plain = [earlier for earlier in plain if earlier not in action.option_strings]  # the last one counts
-                plain += [name for name in action.option_strings if name[:2] == "--" and on != name.startswith("--no-")][:1]
-            elif action is not None and action.nargs is None and not given and words:
-                value = words.pop(0)
-                plain += [f"{option}={value}"] if value.startswith("-") and value != "--" else [word, value]
-            else:
-                plain.append(word)
-        return plain + words
-
-
-def build(command: str | None = None, *, all_commands: bool = False) -> Parser:
-    """The parser of ``command``; of all commands if that is none: by name only, unless ``all_commands`` are to be filled in."""
-    parser = Parser(prog="fcvm", description="Run OCI containers in Firecracker microVMs, and clone running VMs.")
-    parser.add_argument("--version", action="version", version=f"fcvm {__version__}")
-    for option, text in GLOBAL_OPTIONS.items():
-        parser.add_argument(option, help=text)
-    commands = parser.add_subparsers(dest="fcvm_command", metavar="COMMAND", parser_class=Parser, title="commands")
-    for name in [command] if command in COMMANDS else COMMANDS:
-        module, summary = COMMANDS[name]
-        child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
-        if name == command or all_commands:
-            load(module).configure(child)
-    return parser
 
 
 def load(module: str) -> ModuleType:
     """The command module ``fcvm.cli.<module>``."""
-    return importlib.import_module(f"fcvm.cli.{module}")
+    __import__(name := f"fcvm.cli.{module}")
+    return sys.modules[name]
 
 
 def requested(argv: list[str]) -> str | None:
@@ -141,16 +61,24 @@ def requested(argv: list[str]) -> str | None:
     return None
 
 
+def entry() -> NoReturn:
+    """The ``fcvm`` command: run it and exit, without the interpreter's own end, 3 ms, where nobody waits for that."""
+    code = main()
+    if sys.modules.keys().isdisjoint(WAITING):
+        os._exit(code)
+    import gc
+
+    gc.freeze()  # a last search for garbage among all that was imported would take 4 ms
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run ``fcvm ARGV``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     open_missing_streams()
     if "_ARGCOMPLETE" in os.environ:
         load("completions").complete()
-    try:
-        return guarded(lambda: dispatch(argv))
-    finally:
-        gc.freeze()  # we end: a last search for garbage among all that was imported would take 4 ms
+    return guarded(lambda: dispatch(argv))
 
 
 def open_missing_streams() -> None:
@@ -190,9 +118,12 @@ def guarded(command: Callable[[], int]) -> int:
 
 def dispatch(argv: list[str]) -> int:
     """Parse ``argv`` and carry it out, here or in the machine."""
-    name = requested(argv)
-    parser = build(name)
-    args = parser.parse_args(argv)
+    args = plain(argv)
+    if args is None:
+        from fcvm.cli.parser import build
+
+        parser = build(requested(argv))
+        args = parser.parse_args(argv)
     if args.fcvm_command is None:
         parser.print_help()
         return 0
@@ -210,7 +141,7 @@ def dispatch(argv: list[str]) -> int:
     log.configure(context.config.log)
     if hasattr(module, "prepare"):
         module.prepare(args, context)
-    if module.WHERE == "vms":
+    if module.WHERE == "vms" and not (hasattr(module, "is_here") and module.is_here(args, context)):
         from fcvm import host
 
         if host.uses_machine(context.config):
@@ -218,6 +149,14 @@ def dispatch(argv: list[str]) -> int:
 
             return forward(args, context)
     return int(module.run(args, context))
+
+
+def plain(argv: list[str]) -> Any:
+    """The arguments of a command that can read ``argv`` without argparse; None for all others."""
+    if not argv or argv[0] not in COMMANDS:
+        return None
+    module = load(COMMANDS[argv[0]][0])
+    return module.plain(argv) if hasattr(module, "plain") else None
 
 
 def report(error: FcvmError) -> None:
@@ -239,4 +178,4 @@ def flush() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -2,7 +2,7 @@
 
 import os
 
-from fcvm import host
+from fcvm import tsc
 
 # console: kernel and agent messages go to the VM's console log. reboot=k, panic=-1: a guest that reboots or panics ends
 # its VMM at once. i8042: Firecracker's has nothing but the reset line. mitigations=off: a guest holds one container, and
@@ -45,9 +45,9 @@ def boot_args(*, emulated: bool, role: str, nested: bool = False, nv2: bool = Fa
     x86 = (machine or os.uname().machine) == "x86_64"
     words = [*COMMON, *(X86 if x86 else ARM), *(VM if role == "vm" else MACHINE)]
     if emulated and x86:
-        words += [f"tsc_early_khz={host.tsc_khz()}", *EMULATED, *(COARSE if nested else ())]
+        words += [f"tsc_early_khz={tsc.tsc_khz()}", *EMULATED, *(COARSE if nested else ())]
         if role == "machine":  # or each CPU finds out by itself, in up to 1.4 s
-            words.append(f"lpj={host.tsc_khz() * 1000 // HZ}")
+            words.append(f"lpj={tsc.tsc_khz() * 1000 // HZ}")
     if nv2 and not x86:
         words += NV2
     return " ".join([*words, f"fcvm.role={role}"])

@@ -1,5 +1,7 @@
 """A clone without a clone server: `fcvm snapshot run --snapshot TAG`. Its memory is mapped from the snapshot's file."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 from fcvm.errors import HostError
 from fcvm.linux import files
 from fcvm.process import run
-from fcvm.storage.layout import Layout, publish
+from fcvm.storage.layout import Layout
+from fcvm.storage.publish import publish
 
 # No journal: the disk lives as long as its VM, and a snapshot is taken of a paused VM together with its memory.
 # Lazy initialisation keeps the template sparse; no reserved blocks, since only root writes to it.

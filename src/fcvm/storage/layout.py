@@ -13,7 +13,7 @@
     cache/                                       downloads and templates; may be deleted at any time
 
 Whatever is built is named by the hash of what it was built from, made under a lock in ``<name>.creating`` beside its
-place and renamed in (``publish``), so a reader never sees half of it and a kill leaves only a ``.creating`` that the
+place and renamed in (storage/publish.py), so a reader never sees half of it and a kill leaves only a ``.creating`` that the
 next builder removes.
 """
 
@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 from fc_agent.structs import Struct
 from fcvm.errors import HostError
@@ -110,16 +108,24 @@ class Layout(Struct):
         return self.directory("cache")
 
 
-@contextmanager
-def locked(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[None]:
-    """Hold an flock on ``path`` (made if missing), waiting for whoever has it; it ends with the process at the latest."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+class locked:
+    """Hold an flock on ``path`` (made if missing) inside a block, waiting for whoever has it; it ends with the process at the latest."""
+
+    def __init__(self, path: str | os.PathLike[str], *, shared: bool = False) -> None:
+        self.path = path
+        self.kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+
+    def __enter__(self) -> None:
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self.fd, self.kind)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
 
 
 def is_held(path: str | os.PathLike[str]) -> bool:
@@ -161,34 +167,23 @@ def remove(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None
             except FileNotFoundError:  # somebody else removes it as well
                 continue
     else:
-        with suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
 
 
 def linked(parent: str | os.PathLike[str]) -> set[str]:
     """What the symbolic links in the directories of ``parent`` lead to: the disks that VMs have. Any may go meanwhile."""
     found: set[str] = set()
     for directory in os.listdir(parent):
-        with suppress(OSError):  # a file, or gone
-            for name in os.listdir(os.path.join(parent, directory)):
-                with suppress(OSError):  # no link, or gone
-                    found.add(os.readlink(os.path.join(parent, directory, name)))
-    return found
-
-
-@contextmanager
-def publish(path: Path) -> Iterator[Path]:
-    """Build ``path`` (a file or a directory) under a lock and rename it in when the block ends well.
-
-    Yields a temporary path beside it for the caller to create. If ``path`` appears while we wait for the lock, the
-    caller should look again inside the block and return early: a block that creates nothing publishes nothing.
-    """
-    temporary = path.with_name(path.name + ".creating")
-    with locked(path.with_name(f".{path.name}.lock")):
-        remove(temporary)
         try:
-            yield temporary
-            if temporary.exists():
-                os.replace(temporary, path)
-        finally:
-            remove(temporary)
+            names = os.listdir(os.path.join(parent, directory))
+        except OSError:  # a file, or gone
+            continue
+        for name in names:
+            try:
+                found.add(os.readlink(os.path.join(parent, directory, name)))
+            except OSError:  # no link, or gone
+                continue
+    return found

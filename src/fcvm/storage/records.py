@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
+from fc_agent.jsontext import loads
 from fc_agent.structs import Struct
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def parse(text: str | bytes) -> dict[str, Any]:
     """The JSON object that a text is; raises ValueError."""
     try:
-        values = json.loads(text)
+        values = loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):

@@ -7,15 +7,12 @@ crashed; ``sweep`` removes what it left.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
 
+from fc_agent.jsontext import dumps
 from fc_agent.structs import Struct, asdict, field, fields, replace
 from fcvm import log
 from fcvm.errors import ConflictError, NotFoundError, UsageError
@@ -25,6 +22,7 @@ from fcvm.vm.paths import POOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
 SCHEMA = 1
@@ -75,6 +73,8 @@ class Record(Struct):
 
 def check_name(name: str) -> str:
     """``name`` if it can name a VM; raises UsageError."""
+    import re
+
     if not re.fullmatch(NAME, name):
         raise UsageError(
             f"{name!r} cannot name a VM.",
@@ -146,7 +146,7 @@ def write(layout: Layout, record: Record) -> None:
     """Put ``record`` on disk, replacing the one before in one step."""
     temporary = _path(layout, record.id, "tmp")
     with open(temporary, "w") as file:
-        file.write(json.dumps(asdict(record)))
+        file.write(dumps(asdict(record)))
     os.replace(temporary, _path(layout, record.id, "json"))
 
 
@@ -218,21 +218,30 @@ def sweep(layout: Layout) -> list[str]:
     we may not write, nothing is removed.
     """
     names: list[str] = []
-    with _if_writable(), locked(os.path.join(layout.place("state"), ".register.lock")):
-        known = {record.id: record for record in records(layout)}
-        crashed: list[str] = []
-        for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
-            record = known.get(vm_id)
-            if vm_id.startswith(POOL):
-                _clear_pool(os.path.join(layout.place("vms"), vm_id))
-            if vm_id.startswith(".") or is_alive(layout, vm_id):
-                continue
-            if record.is_kept if record else _is_of_another(layout, vm_id):
-                continue
-            crashed.append(vm_id)
-            names.append(record.name if record else vm_id)
-        _clear(layout, crashed)
+    try:
+        with locked(os.path.join(layout.place("state"), ".register.lock")):
+            _clear(layout, _crashed(layout, names))
+    except OSError as error:  # read-only, another user's, or so full that no lock can be made
+        if error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+            raise
     return names
+
+
+def _crashed(layout: Layout, names: list[str]) -> list[str]:
+    """The ids of VMs whose supervisor died without cleaning up, their ``names`` added; pools of dead servers are removed at once."""
+    known = {record.id: record for record in records(layout)}
+    crashed: list[str] = []
+    for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
+        record = known.get(vm_id)
+        if vm_id.startswith(POOL):
+            _clear_pool(os.path.join(layout.place("vms"), vm_id))
+        if vm_id.startswith(".") or is_alive(layout, vm_id):
+            continue
+        if record.is_kept if record else _is_of_another(layout, vm_id):
+            continue
+        crashed.append(vm_id)
+        names.append(record.name if record else vm_id)
+    return crashed
 
 
 def _clear(layout: Layout, vm_ids: Sequence[str]) -> None:
@@ -256,7 +265,7 @@ def _is_of_another(layout: Layout, vm_id: str) -> bool:
 
 def _clear_pool(path: str) -> None:
     """Remove the directory of a clone server's pool if it was killed; its clones ended with it, but for one just being started."""
-    with contextlib.suppress(OSError):  # it lives, or somebody else removes it
+    try:
         lock = hold(path)
         try:
             from pathlib import Path
@@ -267,6 +276,8 @@ def _clear_pool(path: str) -> None:
             remove(path)
         finally:
             os.close(lock)
+    except OSError:  # it lives, or somebody else removes it
+        pass
 
 
 def hold(directory: str | os.PathLike[str]) -> int:
@@ -278,16 +289,6 @@ def hold(directory: str | os.PathLike[str]) -> int:
         os.close(fd)
         raise
     return fd
-
-
-@contextlib.contextmanager
-def _if_writable() -> Iterator[None]:
-    """Leave the block quietly if the data directory is read-only, another user's, or so full that no lock can be made."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
-            raise
 
 
 def forget(layout: Layout, vm_id: str) -> None:

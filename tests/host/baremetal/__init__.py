@@ -25,7 +25,8 @@ from fcvm.setup import assets
 from fcvm.snapshots import create, restore, store
 from fcvm.snapshots.manifest import Manifest, this_host
 from fcvm.snapshots.store import Snapshot
-from fcvm.storage.layout import Layout, publish
+from fcvm.storage.layout import Layout
+from fcvm.storage.publish import publish
 
 SOURCES = Path(__file__).parent
 CFLAGS = [
