@@ -36,7 +36,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def left(layout: Layout) -> list[str]:
-    return sorted(str(p.relative_to(layout.base)) for p in layout.base.rglob("*") if p.is_file() and p.name != ".register.lock")
+    return sorted(str(p.relative_to(layout.base)) for p in layout.base.rglob("*") if (p.is_file() or p.is_symlink()) and p.name != ".register.lock")
 
 
 def test_names_are_unique_until_the_vm_ends(layout: Layout) -> None:
@@ -57,6 +57,49 @@ def test_find_by_name_id_beginning_and_pid(layout: Layout) -> None:
     with pytest.raises(NotFoundError, match="other"):
         state.find(layout, name="other")
     entry.close()
+
+
+def test_one_vm_of_many_is_found_and_entered_without_a_look_at_the_others(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [state.register(layout, record(f"web-{number}")) for number in range(20)]
+    looks: list[str] = []
+    read = state.read
+    monkeypatch.setattr(state, "read", lambda layout, vm_id: looks.append(vm_id) or read(layout, vm_id))
+    wanted = entries[7].record
+    assert state.find(layout, name="web-7") == state.find(layout, name=wanted.id) == wanted
+    assert looks == [wanted.id] * 2
+    with pytest.raises(ConflictError):
+        state.register(layout, record("web-7"))
+    entries.append(state.register(layout, record("web-20")))
+    assert looks == [wanted.id] * 3
+    for entry in entries:
+        entry.close()
+    assert left(layout) == []
+
+
+def test_the_name_of_one_may_be_the_id_of_another(layout: Layout) -> None:
+    one = state.register(layout, record("web"))
+    other = state.register(layout, record(one.record.id))
+    with pytest.raises(UsageError, match="There are 2 VMs"):
+        state.find(layout, name=one.record.id)
+    other.close()
+    assert state.find(layout, name=one.record.id) == one.record
+    one.close()
+
+
+@pytest.mark.parametrize("name", ["../web", "web/", "x" * 300, "."])
+def test_what_is_no_name_names_nothing(layout: Layout, name: str) -> None:
+    with pytest.raises(NotFoundError):
+        state.find(layout, name=name)
+
+
+def test_a_name_that_was_left_without_a_record_is_free_and_swept(layout: Layout) -> None:
+    for name in ("web", "other"):
+        (layout.state / f"{name}.name").symlink_to("0123456789ab")
+    entry = state.register(layout, record("web"))
+    assert state.sweep(layout) == []
+    assert state.find(layout, name="web") == entry.record
+    entry.close()
+    assert left(layout) == []
 
 
 def test_a_pid_of_several_clones_names_none_of_them(layout: Layout) -> None:

@@ -7,7 +7,7 @@
     images/<digest>.img, names.json              images/store.py   (erofs image stores)
     vms/<id>/                                    vm/               (Firecracker's working directory)
     snapshots/<tag>/                             snapshots/store.py
-    state/<id>.json, <id>.lock                   vm/state.py
+    state/<id>.json, <id>.lock, <name>.name      vm/state.py
     servers/<pid>/                               snapshots/servers.py
     machine/                                     machine/
     cache/                                       downloads and templates; may be deleted at any time

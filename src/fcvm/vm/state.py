@@ -1,8 +1,10 @@
-"""What is known of each VM: one JSON file, replaced atomically, and a lock that tells whether it lives.
+"""What is known of each VM: one JSON file, replaced atomically, a lock that tells whether it lives, and a link by its name.
 
 The supervisor holds an flock on ``state/<id>.lock`` for its whole life, so "is it alive" is a question to the kernel,
 not to a process number that may have been reused. A VM whose lock is free while its record says that it runs has
 crashed; ``sweep`` removes what it left.
+
+``state/<name>.name`` links to the id, so that to find one VM of 500, or to enter one more, is to look at one file and not at 500 (23 ms).
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from fcvm.vm.paths import POOL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
 SCHEMA = 1
+ID_LENGTH = 12  # hexadecimal digits
 HEALTH = ("starting", "healthy", "unhealthy", "stopped")
 NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"  # Podman's rule, within a host name's length
 
@@ -121,7 +124,8 @@ def register(layout: Layout, record: Record) -> Registration:
         ConflictError: its name is that of another VM.
     """
     with locked(os.path.join(layout.place("state"), ".register.lock")):
-        for other in [other for other in records(layout) if other.name == record.name]:
+        other = _named(layout, record.name)
+        if other is not None:
             alive = is_alive(layout, other.id)
             if not alive and not other.is_kept:
                 _clear(layout, [other.id])
@@ -134,6 +138,8 @@ def register(layout: Layout, record: Record) -> Registration:
         lock = os.open(_path(layout, record.id, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            remove(name := _path(layout, record.name, "name"))  # of a VM that is gone
+            os.symlink(record.id, name)
             write(layout, record)
         except BaseException:
             forget(layout, record.id)
@@ -197,9 +203,7 @@ def find(layout: Layout, *, name: str | None = None, pid: int | None = None, ali
         NotFoundError: there is none (or, with ``alive``, it does not run). UsageError: there are several.
     """
     what = f"with pid {pid}" if name is None else f"named {name!r}"
-    found = [r for r in records(layout) if (r.pid == pid if name is None else name in (r.name, r.id))]
-    if not found and name is not None and len(name) >= 4:
-        found = [r for r in records(layout) if r.id.startswith(name)]
+    found = [r for r in records(layout) if r.pid == pid] if name is None else _called(layout, name)
     if not found:
         raise NotFoundError(f"There is no VM {what}.", hint="fcvm ls --all")
     if len(found) > 1:  # clones of one client or server have its pid
@@ -208,6 +212,22 @@ def find(layout: Layout, *, name: str | None = None, pid: int | None = None, ali
     if alive and not is_alive(layout, found[0].id):
         raise NotFoundError(f"The VM {found[0].name!r} is not running.", hint="fcvm ls --all")
     return found[0]
+
+
+def _called(layout: Layout, name: str) -> list[Record]:
+    """The VMs of that name or id; else those whose id begins so."""
+    exact = [_named(layout, name), read(layout, name) if len(name) == ID_LENGTH and name.isalnum() else None]
+    found = list({record.id: record for record in exact if record is not None}.values())
+    return found or [record for record in records(layout) if len(name) >= 4 and record.id.startswith(name)]
+
+
+def _named(layout: Layout, name: str) -> Record | None:
+    """The VM that has that name."""
+    try:
+        record = read(layout, os.readlink(_path(layout, name, "name")))
+    except OSError:
+        return None
+    return record if record is not None and record.name == name else None
 
 
 def sweep(layout: Layout) -> list[str]:
@@ -229,18 +249,19 @@ def sweep(layout: Layout) -> list[str]:
 
 def _crashed(layout: Layout, names: list[str]) -> list[str]:
     """The ids of VMs whose supervisor died without cleaning up, their ``names`` added; pools of dead servers are removed at once."""
-    known = {record.id: record for record in records(layout)}
+    known = set(_ids(layout, "json"))
     crashed: list[str] = []
     for vm_id in {*known, *os.listdir(layout.place("vms")), *_ids(layout, "lock")}:
-        record = known.get(vm_id)
         if vm_id.startswith(POOL):
             _clear_pool(os.path.join(layout.place("vms"), vm_id))
         if vm_id.startswith(".") or is_alive(layout, vm_id):
             continue
+        record = read(layout, vm_id)
         if record.is_kept if record else _is_of_another(layout, vm_id):
             continue
         crashed.append(vm_id)
         names.append(record.name if record else vm_id)
+    _free_names(layout, _ids(layout, "name"), lambda owner: owner not in known)
     return crashed
 
 
@@ -292,10 +313,22 @@ def hold(directory: str | os.PathLike[str]) -> int:
 
 
 def forget(layout: Layout, vm_id: str) -> None:
-    """Remove a dead VM's directory, record and lock."""
+    """Remove a dead VM's name, directory, record and lock; the name first: nobody can take it while there is the record."""
+    record = read(layout, vm_id)
+    _free_names(layout, _ids(layout, "name") if record is None else [record.name], lambda owner: owner == vm_id)
     remove(os.path.join(layout.place("vms"), vm_id))
     for kind in ("json", "tmp", "lock"):
         remove(_path(layout, vm_id, kind))
+
+
+def _free_names(layout: Layout, names: list[str], is_gone: Callable[[str], bool]) -> None:
+    """Let others have those of ``names`` that belong to a VM that is gone."""
+    for name in names:
+        try:
+            if is_gone(os.readlink(link := _path(layout, name, "name"))):
+                os.unlink(link)
+        except OSError:  # nobody has it, or its VM has just ended
+            pass
 
 
 def _path(layout: Layout, vm_id: str, kind: str) -> str:
