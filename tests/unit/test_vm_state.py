@@ -86,6 +86,13 @@ def test_the_name_of_one_may_be_the_id_of_another(layout: Layout) -> None:
     one.close()
 
 
+def test_a_vm_that_an_older_fcvm_has_entered_is_found(layout: Layout) -> None:
+    entry = state.register(layout, record("web"))
+    (layout.state / "web.name").unlink()
+    assert state.find(layout, name="web") == entry.record
+    entry.close()
+
+
 @pytest.mark.parametrize("name", ["../web", "web/", "x" * 300, "."])
 def test_what_is_no_name_names_nothing(layout: Layout, name: str) -> None:
     with pytest.raises(NotFoundError):

@@ -215,10 +215,12 @@ def find(layout: Layout, *, name: str | None = None, pid: int | None = None, ali
 
 
 def _called(layout: Layout, name: str) -> list[Record]:
-    """The VMs of that name or id; else those whose id begins so."""
+    """The VMs of that name or id; else those whose id begins so. One that an older fcvm has entered has no link."""
     exact = [_named(layout, name), read(layout, name) if len(name) == ID_LENGTH and name.isalnum() else None]
     found = list({record.id: record for record in exact if record is not None}.values())
-    return found or [record for record in records(layout) if len(name) >= 4 and record.id.startswith(name)]
+    return found or [
+        record for record in records(layout) if record.name == name or (len(name) >= 4 and record.id.startswith(name))
+    ]
 
 
 def _named(layout: Layout, name: str) -> Record | None:
