@@ -78,6 +78,9 @@ def test_whether_there_is_kvm_is_not_asked_for_a_vm_that_lives_here(tmp_path: Pa
     start.serve(layout.vms / start.ID / paths.VSOCK, start.guest)
     assert main.main(["exec", "web", "true"]) == 0
     assert len(asked) == 1
+    monkeypatch.setenv("FCVM_MACHINE", "always")
+    assert main.main(["exec", "web", "true"]) == 0
+    assert len(asked) == 2  # those in the machine may have the same names
     entry.close()
 
 

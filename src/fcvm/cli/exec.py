@@ -95,6 +95,8 @@ def prepare(args: argparse.Namespace, context: Context) -> None:
 
 def is_here(args: argparse.Namespace, context: Context) -> bool:
     """Whether the VM lives on this host: then nobody need ask KVM, for which a VM is made and destroyed."""
+    if context.config.machine == "always":
+        return False
     try:
         args.found = target.find_vm(args, context.layout)
     except FcvmError:
