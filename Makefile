@@ -56,8 +56,9 @@ packages packages-test: tools/packages.py
 	@command -v $(PYTHON) >/dev/null || { $(SUDO) apt-get -q update; $(SUDO) apt-get -qy install --no-install-recommends python3; }
 	@$(PYTHON) tools/packages.py run $(if $(filter packages-test,$@),test)
 
+# --upgrade-deps: the commands that Debian's pip installs import re, 5 ms of every start.
 $(VENV)/bin/python: | packages
-	$(PYTHON) -m venv --upgrade-deps $(VENV)  # Debian's pip makes commands that import re: 5 ms of every start
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
 $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -e .
