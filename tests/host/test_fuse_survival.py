@@ -135,7 +135,7 @@ def test_every_request_is_done_once_however_often_the_server_dies(base: Path) ->
 def test_what_is_closed_while_there_is_no_server_is_closed_and_unlocked(base: Path) -> None:
     with fuse_support.mount(base, serve=("--journals", str(base / "journals"))) as mounted:
         (mounted.path / "f").touch()
-        for _ in range(3):
+        for turn in range(3):
             near, far = socket.socketpair()
             with near, far:
                 with (mounted.path / "f").open("r+b", buffering=0) as file:
@@ -144,7 +144,7 @@ def test_what_is_closed_while_there_is_no_server_is_closed_and_unlocked(base: Pa
                 mounted.stop_server(signal.SIGKILL)
             # The file is closed for good with the message that it was in; closing a descriptor would wait for the server.
             mounted.start_server()
-            (mounted.path / "f").stat()
+            assert not (mounted.path / f"{turn}").exists()  # no name that the kernel knows: the new server has answered
             with (mounted.host / "f").open() as host:
                 fuse_support.wait_for(
                     lambda host=host: not error_of(fcntl.flock, host, fcntl.LOCK_EX | fcntl.LOCK_NB), "the lock", 10
@@ -170,9 +170,11 @@ def test_a_lock_of_an_open_file_is_given_up_with_it_whenever_that_is_closed(base
                 mounted.stop_server(signal.SIGKILL)
                 if not early:
                     mounted.start_server()
-                    fuse_support.wait_for(is_locked, "the lock, taken again", 10)
+                    assert not (mounted.path / "one").exists()  # the new server has answered
+                    assert is_locked()
             if early:
                 mounted.start_server()
+                assert not (mounted.path / "other").exists()  # nor is this a name that the kernel knows
             fuse_support.wait_for(lambda: not is_locked(), "the lock", 10)
 
 
