@@ -96,7 +96,7 @@ class Channel:
         self._unsent = deque(self._kept)
         for _ in range(skip):
             self._unsent.popleft()
-        self._announced = -1 if self._consumed else 0  # a window that the peer kept over the break opens again
+        self._announced = 0  # if anything was consumed: a window that the peer kept over the break opens again
         self._line = line
         self._input += rest
 

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,7 @@ def test_whether_there_is_kvm_is_not_asked_for_a_vm_that_lives_here(tmp_path: Pa
     entry.close()
 
 
+SOURCES = str(Path(__file__).parents[2] / "src")
 PROGRAM = """
 import os, signal, sys
 sys.path.insert(0, {sources!r})
@@ -119,16 +122,46 @@ def test_a_signal_that_comes_before_it_can_be_passed_on_is_passed_on(tmp_path: P
 
     start.serve(layout.vms / start.ID / paths.VSOCK, guest)
     env = {**process.environment(), "FCVM_BASE_DIR": str(layout.base), "FCVM_MACHINE": "never"}
-    sources = str(Path(__file__).parents[2] / "src")
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(sources=sources)], env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(sources=SOURCES)], env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (77, "")
     assert heard == [wire.HEADER.pack(wire.SIGNAL, 1) + bytes((signal.SIGINT,))]
     entry.close()
 
 
 @pytest.mark.parametrize("waiting", ["import atexit; atexit.register(print, 'last')", "import threading; threading.Timer(0.1, print, ['last']).start()"])
-def test_who_waits_for_the_end_is_called(waiting: str) -> None:
-    program = f"{waiting}\nimport sys\nfrom fcvm.cli import main\nsys.argv = ['fcvm', '--version']\nmain.entry()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.endswith("last\n")
-    assert done.returncode == 0
+def test_who_waits_for_the_end_is_called(tmp_path: Path, waiting: str) -> None:
+    program = f"{waiting}\nimport sys\nfrom fcvm.cli import main\nsys.argv = ['fcvm', 'exec', 'web', 'true']\nmain.entry()"
+    env = {**process.environment(), "FCVM_BASE_DIR": str(tmp_path), "FCVM_MACHINE": "never", "PYTHONPATH": SOURCES}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (125, "last\n")  # there is no such VM
+
+
+def test_a_guest_that_starts_a_process_is_not_interrupted_by_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it has started is acknowledged with what comes next."""
+    heard: list[bytes] = []
+
+    def guest(connection: socket.socket) -> None:
+        while not connection.recv(1).endswith(b"\n"):  # CONNECT
+            pass
+        connection.sendall(b"OK 1\n")
+        wire.read_line(connection)
+        started = b'{"pid": 1}'
+        connection.sendall(wire.line({"session": "1", "received": 0}) + wire.HEADER.pack(wire.STARTED, len(started)) + started)
+        time.sleep(0.3)  # for what ought not to come
+        end = b'{"code": 0}'
+        connection.sendall(wire.HEADER.pack(wire.EXIT, len(end)) + end)
+        while data := connection.recv(65536):
+            heard.append(data)
+        ended.set()
+
+    ended = threading.Event()
+    monkeypatch.setenv("FCVM_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("FCVM_MACHINE", "never")
+    layout = Layout(tmp_path)
+    entry = state.register(layout, state.Record(start.ID, "web", os.getpid(), "running", "healthy", "image", 0.0, 1, 512))
+    (layout.vms / start.ID).mkdir()
+    start.serve(layout.vms / start.ID / paths.VSOCK, guest)
+    assert main.main(["exec", "web", "true"]) == 0
+    assert ended.wait(60)
+    assert b"".join(heard) == wire.HEADER.pack(wire.ACK, wire.COUNT.size) + wire.COUNT.pack(2)
+    entry.close()
