@@ -20,12 +20,18 @@ class Guest:
         self.off = off
         self.delays = delays
         self.asked: list[dict[str, Any]] = []
-        self.clock = Clock(self.asked.append, lambda: self.time)
+        self.pauses: list[int] = []  # nanoseconds between an answer and the question after it
+        self.clock = Clock(self.asked.append, lambda: self.time, lambda: self.time / 1e9)
 
     def settle(self) -> int:
         """Answer all questions; returns how many there were."""
         count = 0
-        while self.asked:
+        while self.asked or self.clock.due is not None:
+            if self.clock.due is not None:
+                assert not self.asked
+                self.pauses.append(round(self.clock.due * 1e9) - self.time)
+                self.time += self.pauses[-1]
+                self.clock.ask()
             message = self.asked.pop()
             self.time += self.delays.pop(0)
             self.off += message["adjust_ns"]
@@ -64,6 +70,29 @@ def test_it_is_right_in_the_end_though_no_message_is_fast() -> None:
         assert abs(guest.off) <= 25 * MS
         right += abs(guest.off) <= 10 * MS
     assert right > 190
+
+
+def test_each_question_waits_longer_than_the_one_before() -> None:
+    """They would take the time of what makes them slow."""
+    guest = Guest(off=-155 * MS, delays=[40 * MS] * 2 * TRIES)
+    guest.clock.was_set(guest.time - 170 * MS)
+    guest.settle()
+    tens = [round(pause / MS, -1) for pause in guest.pauses]
+    assert tens[:8] == [80, 160, 320, 640, 1280, 2560, 5120, 5120]
+    assert set(tens[7:]) == {5120}
+
+
+def test_a_correction_does_not_wait() -> None:
+    guest = Guest(off=-155 * MS, delays=[20 * MS] * 2 * TRIES)
+    guest.clock.was_set(guest.time - 170 * MS)
+    for _ in range(2):
+        (message,) = guest.asked
+        guest.asked.clear()
+        guest.off += message["adjust_ns"]
+        guest.time += 20 * MS
+        guest.clock.answered({"sent_ns": message["sent_ns"], "now_ns": guest.time + guest.off})
+    assert abs(guest.off) <= 20 * MS
+    assert guest.clock.due is not None
 
 
 def test_a_clock_that_others_move_meanwhile_is_followed() -> None:
@@ -106,9 +135,13 @@ def test_absurd_times_and_answers_to_nothing_end() -> None:
     guest.clock.answered({"sent_ns": 0, "now_ns": 1 << 200})
     assert guest.asked == []
     guest.clock.was_set(guest.time - 170 * MS)
+    guest.clock.answered({"sent_ns": -(1 << 200), "now_ns": 1 << 200})
+    assert len(guest.asked) == 1
     for _ in range(3 * TRIES):
-        guest.clock.answered({"sent_ns": -(1 << 200), "now_ns": 1 << 200})
-    assert len(guest.asked) == TRIES
+        guest.time += 20 * MS
+        guest.clock.answered({"sent_ns": guest.asked[-1]["sent_ns"], "now_ns": 1 << 200})
+    assert len(guest.asked) <= TRIES
+    assert guest.clock.due is None or guest.clock.due < guest.time / 1e9 + 2
 
 
 def test_a_guest_that_was_long_in_getting_its_plan_is_asked() -> None:

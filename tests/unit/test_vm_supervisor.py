@@ -409,6 +409,23 @@ def test_a_killed_vm_does_not_wait_for_ever_for_its_reader(vm: Supervisor, monke
     assert vm.exit == {"code": 137}
 
 
+def test_the_loop_asks_the_clock_when_that_is_due(vm: Supervisor) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        vm.exit, vm._streams_ended = {"code": 0}, True
+
+    with contextlib.ExitStack() as stack:
+        quiet = [stack.enter_context(sockets.listen(vm.layout.base / str(number))) for number in range(3)]
+        vm.firecracker = SimpleNamespace(pidfd=quiet[0])  # type: ignore[assignment]
+        vm.control, vm.requests, vm.network = quiet[1], quiet[2], SimpleNamespace(watch=[])  # type: ignore[assignment]
+        vm.clock = supervisor.Clock(send, time.time_ns)
+        vm.clock.due = time.monotonic() + 0.05
+        vm._loop()
+    assert [message["type"] for message in sent] == ["clock"]
+
+
 @pytest.mark.parametrize(
     ("exit", "line"),
     [

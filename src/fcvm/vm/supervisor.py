@@ -82,6 +82,7 @@ class Supervisor:
         self.directory: Path = self.layout.vms / self.id
         self.timings = Timings()
         self.identified_at = 0  # when it was sent its identity, nanoseconds of the epoch
+        self.clock = Clock(lambda message: self.control.send(message), time.time_ns)
         self.start = start
         self.on_started = on_started
         self.attachable = threading.Event()  # the container runs, or never will
@@ -229,7 +230,6 @@ class Supervisor:
         self.output = output.Output(log_file, limit, show=not spec.detach, prefix=self.marked, on_first=first)
         stack.callback(self.output.close)
         self.control = stack.enter_context(contextlib.closing(Control(self.directory / paths.VSOCK)))
-        self.clock = Clock(self.control.send, time.time_ns)
         self.freezing = Freezing(self.control, self._on_control)
         self.volumes = stack.enter_context(contextlib.closing(self._serve_volumes()))
         stack.enter_context(self._vmm)
@@ -305,10 +305,12 @@ class Supervisor:
         while not self._over():
             if self._misunderstood is not None:
                 raise self._misunderstood
-            timeout = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-            ready = self._selector.select(timeout)
+            times = [when for when in (self.deadline, self.clock.due) if when is not None]
+            ready = self._selector.select(max(0.0, min(times) - time.monotonic()) if times else None)
             if not ready and self.deadline is not None and time.monotonic() >= self.deadline:
                 self._on_deadline()
+            if self.clock.due is not None and time.monotonic() >= self.clock.due:
+                self.clock.ask()
             for key, _ in ready:
                 key.data()
 
