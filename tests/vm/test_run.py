@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm, wait
+from vm.conftest import DEMO, FCVM, TIMEOUT, environment, fcvm, line, ls, ok, running, vm, wait, where_vms_are
 
-from fcvm import config, setup
+from fcvm import config, host, setup
+from fcvm.machine import sync
+from fcvm.snapshots import store
 from fcvm.storage.layout import Layout
 
 
@@ -228,6 +230,17 @@ def test_two_runs_have_no_identity_in_common(detached) -> None:
         found = [ok("exec", "--vm", name, "--", "sh", "-c", look).decode().split() for name in (other, f"{other}-2")]
         assert [len(one) for one in found] == [3, 3]
         assert not set(found[0]) & set(found[1])
+
+
+def test_where_faults_are_dear_what_the_first_run_writes_is_noted_for_later_ones() -> None:
+    if not host.uses_machine(config.load()):
+        pytest.skip("this is done under emulation only")
+    for _ in range(3):  # the first may boot, and the next is the one that notes
+        assert ok("podman", "run", DEMO, "--", "echo", "hello") == b"hello\n"
+    look = f"cat {sync.BASE}/snapshots/boot-*/{store.WRITTEN}"
+    noted = subprocess.run(where_vms_are("sh", "-c", look), stdout=subprocess.PIPE, check=True).stdout
+    first, _, _ = noted.partition(b"]]")
+    assert sum(count for _, count in json.loads(first + b"]]")) > 1000
 
 
 def test_ls_json_has_every_documented_field(detached, vm_name: str) -> None:

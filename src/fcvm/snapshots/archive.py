@@ -21,7 +21,7 @@ from fcvm.snapshots.manifest import Manifest
 from fcvm.snapshots.store import Snapshot
 from fcvm.storage.layout import Layout
 
-KNOWN = (*store.REQUIRED, store.WORKING_SET, store.OUTPUT)
+KNOWN = (*store.REQUIRED, store.WORKING_SET, store.WRITTEN, store.OUTPUT)
 BLOCK = 64 << 10  # bytes; blocks of zeros become holes
 
 

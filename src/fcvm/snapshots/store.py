@@ -6,6 +6,7 @@
     scratch.img         the VM's writable disk at that moment
     volumes.json        the state of its mapped host directories
     working-set.json    optional, added later: pages to have ready at a restore (working_set.py)
+    written.json        optional, added later: pages to make a VM's own at a restore (written.py)
     output.log          optional: what a warm start's container had written (vm/warm.py)
 
 It holds whatever the guest had in memory, so nobody but its owner can read it. It is made in ``<tag>.creating`` and
@@ -43,6 +44,7 @@ MEMORY = "memory.bin"
 SCRATCH = "scratch.img"
 VOLUMES = "volumes.json"
 WORKING_SET = "working-set.json"
+WRITTEN = "written.json"
 OUTPUT = "output.log"
 REQUIRED = (manifests.NAME, VMSTATE, MEMORY, SCRATCH, VOLUMES)
 

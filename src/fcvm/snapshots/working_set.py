@@ -20,15 +20,15 @@ def path(snapshot: Snapshot) -> Path:
     return snapshot.path / store.WORKING_SET
 
 
-def save(snapshot: Snapshot, used: list[tuple[int, int]]) -> int:
-    """Keep what a clone has used (``MemoryServer.used``); returns the number of pages that it makes up.
+def save(snapshot: Snapshot, used: list[tuple[int, int]], *, name: str = store.WORKING_SET, gap: int = GAP) -> int:
+    """Keep what a clone has used (``MemoryServer.used``) as the file ``name``; returns the number of pages that it makes up.
 
     Raises:
         FcvmError: it cannot be written.
     """
-    ranges = joined(used)
+    ranges = joined(used, gap)
     try:
-        store.add(snapshot, store.WORKING_SET, json.dumps(ranges))
+        store.add(snapshot, name, json.dumps(ranges))
     except OSError as error:
         raise store.write_error(error, snapshot.path) from error
     return sum(count for _, count in ranges)

@@ -19,7 +19,7 @@ from fcvm.errors import ConflictError, FcvmError, NotFoundError, SnapshotError
 from fcvm.firecracker import boot
 from fcvm.firecracker.process import Firecracker
 from fcvm.setup import Assets, keys
-from fcvm.snapshots import create, restore, store
+from fcvm.snapshots import create, restore, store, written
 from fcvm.snapshots.manifest import Manifest, this_host
 from fcvm.storage import disks
 from fcvm.storage.layout import Layout
@@ -94,7 +94,16 @@ class Restore(Boot):
             vm.timings.mark("spawn")
             restore.load(vmm, snapshot)
             vm.timings.mark("load")
+            if host.emulated():
+                written.give(vmm, snapshot)
+                vm.timings.mark("pages")
             yield vmm
+
+    def started(self, vm: Supervisor) -> None:
+        """What the first one has written until now, later ones are given."""
+        snapshot = store.find(vm.layout, self.source)
+        if host.emulated() and not (snapshot.path / store.WRITTEN).exists():
+            written.record(vm.firecracker.pid, snapshot)
 
     def scratch(self, vm: Supervisor) -> None:
         """A clone of the snapshot's disk: the guest has it mounted."""

@@ -111,6 +111,7 @@ def _run(vm: Supervisor) -> None:
         vm.entry.update(status="running")
     vm.attachable.set()
     vm.on_started()
+    vm.start.started(vm)
 
 
 def _frozen(vm: Supervisor, message: dict[str, Any]) -> None:

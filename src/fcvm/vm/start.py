@@ -77,6 +77,10 @@ class Start(Struct, ABC):
         """The container's streams go on behind ``seen`` frames, which the VM that the snapshot is of has had."""
         return None
 
+    def started(self, vm: Supervisor) -> None:
+        """The container runs."""
+        return None
+
     def capture(self, vm: Supervisor) -> bool:
         """Take the boot snapshot. Returns whether that broke the agent's connection: it then says hello again."""
         return False
