@@ -3,7 +3,7 @@
     python -m bench.volumes_guest [--quick] [--json FILE]
 
 Runs where the VMs are; `python -m bench` starts it there. In an emulated guest files are small, and few. Target: what is
-cached is read as fast as from ext4. Firecracker has neither 9p nor virtio-fs to stand beside it.
+cached is read as fast as from ext4. For 9p and virtio-fs, which Firecracker has not, there is bench/volumes_qemu.py.
 """
 
 import argparse
