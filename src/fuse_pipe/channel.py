@@ -40,6 +40,7 @@ ACK_EVERY = 32  # messages, or
 ACK_BYTES = 1 << 20
 HELLO_MOST = 4096
 LARGE = 64 * 1024
+VSOCK_MOST = 192 * 1024  # bytes to wait for at once: vsock refuses (ENOMEM) what its buffer, of 256 KiB, cannot hold
 BUFFER = 4 << 20  # asked of the kernel for each socket
 _IOV_MAX = 1024
 # What a side keeps for a peer that acknowledges nothing; a real one is far below it.
@@ -192,6 +193,7 @@ class Reader:
     def __init__(self, sock: socket.socket, least: int, most: int) -> None:
         self.sock = sock
         self.least, self.most = least, most
+        self._wait_most = VSOCK_MOST if sock.family == socket.AF_VSOCK else most
         self.buffer = bytearray(2 * most)
         self.view = memoryview(self.buffer)
         self.start = self.end = 0
@@ -211,7 +213,7 @@ class Reader:
             self.start, self.end = 0, rest
         try:
             if self._missing > LARGE:  # one wake-up for the whole message, not one for each piece
-                count = self.sock.recv_into(self.view[self.end :], self._missing, socket.MSG_WAITALL)
+                count = self.sock.recv_into(self.view[self.end :], min(self._missing, self._wait_most), socket.MSG_WAITALL)
             else:
                 count = self.sock.recv_into(self.view[self.end :])
         except OSError as error:

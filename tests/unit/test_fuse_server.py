@@ -1069,6 +1069,32 @@ def test_reader_refuses_impossible_lengths() -> None:
     far.close()
 
 
+class LikeVsock(socket.socket):
+    """A stream that is not waited on for more than its buffer can hold, as Linux's vsock (``__vsock_stream_recvmsg``)."""
+
+    family = socket.AF_VSOCK
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        if flags & socket.MSG_WAITALL and (nbytes or len(buffer)) >= 256 * 1024:
+            raise OSError(errno.ENOMEM, "more than the buffer")
+        return super().recv_into(buffer, nbytes, flags)
+
+
+def test_a_message_that_is_longer_than_the_buffer_of_vsock_is_read() -> None:
+    near, far = socket.socketpair()
+    message = (1 << 20).to_bytes(4, "little") + os.urandom((1 << 20) - 4)
+    with near, LikeVsock(fileno=far.detach()) as sock:
+        sender = threading.Thread(target=near.sendall, args=(message,))
+        sender.start()
+        reader = channel.Reader(sock, 16, m.MAX_REQUEST)
+        found = None
+        while found is None:
+            reader.more()
+            found = reader.next()
+        sender.join()
+        assert found == message
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(
