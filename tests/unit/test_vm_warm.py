@@ -190,3 +190,9 @@ def test_a_guest_that_does_not_start_is_started_once_more_under_emulation(start:
     assert second.another() is None
     monkeypatch.setattr(boot_snapshot.host, "emulated", lambda: False)
     assert start.another() is None
+
+
+def test_a_boot_snapshot_that_is_gone_when_its_container_runs_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boot_snapshot.host, "emulated", lambda: True)
+    vm: Any = SimpleNamespace(layout=Layout(tmp_path))
+    boot_snapshot.Restore(ASSETS, source="boot-gone").started(vm)

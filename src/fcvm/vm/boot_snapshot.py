@@ -101,9 +101,11 @@ class Restore(Boot):
 
     def started(self, vm: Supervisor) -> None:
         """What the first one has written until now, later ones are given."""
-        snapshot = store.find(vm.layout, self.source)
-        if host.emulated() and not (snapshot.path / store.WRITTEN).exists():
-            written.record(vm.firecracker.pid, snapshot)
+        if host.emulated():
+            with contextlib.suppress(FcvmError):  # somebody has removed the snapshot
+                snapshot = store.find(vm.layout, self.source)
+                if not (snapshot.path / store.WRITTEN).exists():
+                    written.record(vm.firecracker.pid, snapshot)
 
     def scratch(self, vm: Supervisor) -> None:
         """A clone of the snapshot's disk: the guest has it mounted."""
