@@ -2,7 +2,7 @@
 
 With the file backend a page belongs to the snapshot's file until the guest writes to it. That is a fault; often it is the second,
 because the page was read before, and then KVM faults once more, as the kernel has changed the mapping under it. Under emulation that is a
-quarter of `podman run` from a boot snapshot: 3.5 s to the first output, 2.65 with this (0.27 of them spent here, for 8200 pages).
+quarter of `podman run` from a boot snapshot: 2.7 s to the first output, 2.0 with this (0.3 of them spent here, for 8500 pages).
 With KVM a fault costs a hundredth, and pages are copied that may not be needed, so there it is not done.
 
 Which pages those are is recorded from the first VM that was restored. They are made its own by writing to them what they hold, through
