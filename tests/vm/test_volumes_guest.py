@@ -6,6 +6,7 @@ one script in the guest, with few processes, because under emulation each takes 
 """
 
 import ast
+import hashlib
 import os
 import queue
 import re
@@ -328,3 +329,19 @@ def test_what_the_host_changes_is_seen_soon(guest: Guest) -> None:
             change()
             took[name] = views.wait(60)
     assert all(seconds < SEEN_WITHIN + LOOKS * look for seconds, look in took.values()), took
+
+
+def test_reads_past_the_page_cache_of_any_size(guest: Guest) -> None:
+    """Answers longer than what a vsock's buffer holds."""
+    data = os.urandom(5 << 20)
+    (guest.host / "direct").write_bytes(data)
+    program = f"""
+import hashlib, mmap, os
+buffer = mmap.mmap(-1, {len(data)})
+for size in 128 << 10, 1 << 20, len(buffer):
+    fd, whole = os.open("{VOLUME}/direct", os.O_RDONLY | os.O_DIRECT), hashlib.sha256()
+    while count := os.readv(fd, [memoryview(buffer)[:size]]):
+        whole.update(buffer[:count])
+    print(whole.hexdigest())
+"""
+    assert guest.python(program).split() == [hashlib.sha256(data).hexdigest()] * 3
