@@ -40,7 +40,7 @@ ACK_EVERY = 32  # messages, or
 ACK_BYTES = 1 << 20
 HELLO_MOST = 4096
 LARGE = 64 * 1024
-VSOCK_MOST = 192 * 1024  # bytes to wait for at once: vsock refuses (ENOMEM) what its buffer, of 256 KiB, cannot hold
+VSOCK_MOST = 128 * 1024  # bytes to wait for at once: vsock refuses (ENOMEM) what its buffer, of 256 KiB, cannot hold
 BUFFER = 4 << 20  # asked of the kernel for each socket
 _IOV_MAX = 1024
 # What a side keeps for a peer that acknowledges nothing; a real one is far below it.
