@@ -173,12 +173,22 @@ def statx(fd: int, mask: int = STATX_ALL) -> Statx:
 
 
 def file_system(fd: int) -> str:
-    """The name of the file system that a descriptor's file is on (proc_pid_mountinfo(5)); empty if it cannot be told."""
+    """The name of the file system that a descriptor's file is on; empty if it cannot be told."""
+    fields = _mountinfo(fd)
+    return fields[fields.index("-") + 1] if fields else ""
+
+
+def device(fd: int) -> str:
+    """The device of the mount that a descriptor's file is on, as ``major:minor``; empty if it cannot be told. Asks no file system."""
+    return next(iter(_mountinfo(fd)[2:3]), "")
+
+
+def _mountinfo(fd: int) -> list[str]:
+    """The fields that proc_pid_mountinfo(5) has for the mount that a descriptor's file is on; none if it is not in our namespace."""
     with open(f"/proc/self/fdinfo/{fd}") as file:
         mount = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
     with open("/proc/self/mountinfo") as file:
-        found = (line.split(" - ")[1].split()[0] for line in file if line.split()[0] == mount)
-        return next(found, "")
+        return next((line.split() for line in file if line.split()[0] == mount), [])
 
 
 def keep_memory() -> None:

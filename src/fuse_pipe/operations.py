@@ -36,7 +36,7 @@ WANTED = (
     | m.HAS_EXPIRE_ONLY
     | m.DIRECT_IO_ALLOW_MMAP
 )
-MAX_READAHEAD = 1 << 20
+MAX_READAHEAD = 1 << 20  # bytes; the kernel takes the least of this and what it has (relay.READ_AHEAD)
 MAX_BACKGROUND = 64
 CONGESTION = 48
 
@@ -57,7 +57,7 @@ def init(volume: Volume, worker: Worker, major: int, minor: int, readahead: int,
     return m.INIT_OUT.encode(
         major=m.VERSION,
         minor=m.MINOR,
-        max_readahead=min(readahead, MAX_READAHEAD),
+        max_readahead=MAX_READAHEAD,
         flags=agreed & 0xFFFFFFFF,
         flags2=agreed >> 32,
         max_background=MAX_BACKGROUND,

@@ -410,6 +410,17 @@ def test_direct_io(here: Path) -> None:
     os.close(fd)
 
 
+def test_the_kernel_reads_far_ahead(here: Path) -> None:
+    device = os.stat(here).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    assert setting.read_text() == "512\n", "what the relay asks for, and the server's answer to INIT allows"
+    data = os.urandom(3 << 20)
+    (here / "f").write_bytes(data)
+    with (here / "f").open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert b"".join(iter(lambda: file.read(100_000), b"")) == data
+
+
 def test_beyond_four_gigabytes(shared: Mount, here: Path) -> None:
     with (here / "f").open("w+b") as file:
         os.pwrite(file.fileno(), b"end", (1 << 33) + 5)

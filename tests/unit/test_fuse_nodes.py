@@ -25,6 +25,8 @@ def opened(path: Path | str) -> int:
 def test_the_name_of_a_file_system() -> None:
     fd = opened("/proc/self/status")
     assert linux.file_system(fd) == "proc"
+    major, minor = map(int, linux.device(fd).split(":"))
+    assert os.makedev(major, minor) == os.fstat(fd).st_dev
     os.close(fd)
 
 

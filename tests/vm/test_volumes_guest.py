@@ -345,3 +345,15 @@ for size in 128 << 10, 1 << 20, len(buffer):
     print(whole.hexdigest())
 """
     assert guest.python(program).split() == [hashlib.sha256(data).hexdigest()] * 3
+
+
+def test_the_kernel_reads_far_ahead(guest: Guest) -> None:
+    data = os.urandom(5 << 20)
+    (guest.host / "ahead").write_bytes(data)
+    program = f"""
+import hashlib, os
+device = os.stat("{VOLUME}").st_dev
+print(open(f"/sys/class/bdi/{{os.major(device)}}:{{os.minor(device)}}/read_ahead_kb").read().strip())
+print(hashlib.sha256(open("{VOLUME}/ahead", "rb").read()).hexdigest())
+"""
+    assert guest.python(program).split() == ["512", hashlib.sha256(data).hexdigest()]
