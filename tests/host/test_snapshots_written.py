@@ -1,6 +1,7 @@
 """Pages that a restored VM will write, made its own before it runs."""
 
 import os
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,13 @@ def test_no_thread_of_firecracker_runs_meanwhile(
     written.give(loaded, recorded)
     assert seen == [{"T"}]
     assert "T" not in states()
+
+
+def test_it_dies_with_us_while_it_is_stopped(loaded: baremetal.Firecracker) -> None:
+    with written._stopped(loaded):
+        loaded._leash.close()  # as the kernel does when we are killed
+        assert select.select([loaded.pidfd], [], [], 60)[0], "it has ended"
+    assert loaded.process.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("record", ["[[0, 1e9]]", "[[999999, 10], [0, 1]]", "nonsense", "[]"])

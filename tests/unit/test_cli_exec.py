@@ -101,6 +101,14 @@ entry()
 """
 
 
+def take_request(connection: socket.socket) -> None:
+    """Do Firecracker's part of the connection, and read what the client wants."""
+    while not connection.recv(1).endswith(b"\n"):  # CONNECT
+        pass
+    connection.sendall(b"OK 1\n")
+    wire.read_line(connection)
+
+
 def test_a_signal_that_comes_before_it_can_be_passed_on_is_passed_on(tmp_path: Path) -> None:
     """By then the guest was told to start the process."""
     layout = Layout(tmp_path)
@@ -109,10 +117,7 @@ def test_a_signal_that_comes_before_it_can_be_passed_on_is_passed_on(tmp_path: P
     heard: list[bytes] = []
 
     def guest(connection: socket.socket) -> None:
-        while not connection.recv(1).endswith(b"\n"):  # CONNECT
-            pass
-        connection.sendall(b"OK 1\n")
-        wire.read_line(connection)
+        take_request(connection)
         wire.send_line(connection, {"session": "1", "received": 0})
         heard.append(connection.recv(wire.HEADER.size + 1, socket.MSG_WAITALL))
         end = b'{"code": 77}'
@@ -141,10 +146,7 @@ def test_a_guest_that_starts_a_process_is_not_interrupted_by_an_answer(tmp_path:
     heard: list[bytes] = []
 
     def guest(connection: socket.socket) -> None:
-        while not connection.recv(1).endswith(b"\n"):  # CONNECT
-            pass
-        connection.sendall(b"OK 1\n")
-        wire.read_line(connection)
+        take_request(connection)
         started = b'{"pid": 1}'
         connection.sendall(wire.line({"session": "1", "received": 0}) + wire.HEADER.pack(wire.STARTED, len(started)) + started)
         time.sleep(0.3)  # for what ought not to come

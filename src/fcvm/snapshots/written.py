@@ -35,8 +35,8 @@ Mapping = tuple[int, int, int]  # first address, first page in the file, pages
 def record(pid: int, snapshot: Snapshot) -> None:
     """Note what the VM of Firecracker ``pid`` has written since it was restored; what cannot be noted is not."""
     try:
-        with _opened(f"/proc/{pid}/pagemap") as pagemap:
-            ranges = [(page, 1) for mapping in _mappings(pid, snapshot.memory) for page in _own(pagemap, mapping)]
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            ranges = [(page, 1) for mapping in _mappings(pid, snapshot.memory) for page in _own(pagemap.fileno(), mapping)]
         working_set.save(snapshot, ranges, name=store.WRITTEN, gap=1)
     except (OSError, FcvmError) as error:
         log.debug(f"what {snapshot.tag} writes is not recorded: {error}")
@@ -66,26 +66,20 @@ def _stopped(vmm: Firecracker) -> Iterator[None]:
 
 def _give(pid: int, snapshot: Snapshot, ranges: list[tuple[int, int]]) -> None:
     left = MOST // PAGE
-    names = snapshot.memory, f"/proc/{pid}/mem", f"/proc/{pid}/pagemap"
-    with _opened(names[0]) as source, _opened(names[1], os.O_WRONLY) as target, _opened(names[2]) as pagemap:
+    with (
+        open(snapshot.memory, "rb", buffering=0) as source,
+        open(f"/proc/{pid}/mem", "wb", buffering=0) as target,
+        open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap,
+    ):
         for address, start, pages in _mappings(pid, snapshot.memory):
             for first, count in ranges:
                 begin, end = max(first, start), min(first + count, start + pages, max(first, start) + left)
                 at = address - start * PAGE
-                for stop in (*_own(pagemap, (at + begin * PAGE, begin, end - begin)), end):
+                for stop in (*_own(pagemap.fileno(), (at + begin * PAGE, begin, end - begin)), end):
                     if begin < stop:
-                        data = os.pread(source, (stop - begin) * PAGE, begin * PAGE)
-                        left -= os.pwrite(target, data, at + begin * PAGE) // PAGE
+                        data = os.pread(source.fileno(), (stop - begin) * PAGE, begin * PAGE)
+                        left -= os.pwrite(target.fileno(), data, at + begin * PAGE) // PAGE
                     begin = stop + 1
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _mappings(pid: int, memory: Path) -> list[Mapping]:
